@@ -1,0 +1,34 @@
+"""
+Structured logs: one JSON object a line on stderr, where systemd's journal picks it up.
+
+Events are constants in the form `noun.verb_past`; values are keys with units. What a log must never hold (keys,
+tokens, whole records) is kept out by not passing it, not by a filter.
+"""
+
+import logging
+import sys
+from typing import TextIO
+
+import structlog
+
+
+def configure(*, stream: TextIO = sys.stderr, level: int = logging.INFO) -> None:
+    """Set up structlog for the whole process. Called once, by the entry points."""
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.ExceptionRenderer(structlog.tracebacks.ExceptionDictTransformer(show_locals=False)),
+            structlog.processors.JSONRenderer(sort_keys=False),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.WriteLoggerFactory(file=stream),
+        cache_logger_on_first_use=True,
+    )
+
+
+def get(room: str) -> structlog.typing.FilteringBoundLogger:
+    """The logger of one module, e.g. `get("flows.backup")`."""
+    logger: structlog.typing.FilteringBoundLogger = structlog.get_logger(room=room)
+    return logger

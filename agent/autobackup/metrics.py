@@ -1,0 +1,62 @@
+"""
+What Prometheus scrapes: one object, built once, passed to the rooms that count. No instance ids in labels.
+"""
+
+from importlib.metadata import version
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
+
+_CLAIM_BUCKETS_S: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
+_STAGE_BUCKETS_S: Final = (0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 12 * 3600)
+
+
+class Metrics:
+    """Every series of the agent, by Prometheus' naming rules."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        Info("autobackup_build", "Version of the agent", registry=registry).info({"version": version("autobackup")})
+        self.libvirt_connected = Gauge(
+            "autobackup_libvirt_connected", "1 while the event connection to libvirt stands", registry=registry
+        )
+        self.claims = Gauge("autobackup_claims", "Hard links held on disks of living instances", registry=registry)
+        self.claims_made = Counter(
+            "autobackup_claims_made_total", "Claims made, by what told of the disk", ["source"], registry=registry
+        )
+        self.claims_missed = Counter(
+            "autobackup_claims_missed_total",
+            "Disks that could not be claimed, by reason",
+            ["reason"],
+            registry=registry,
+        )
+        self.verdicts = Counter(
+            "autobackup_verdicts_total", "Verdicts reached over candidates", ["verdict"], registry=registry
+        )
+        self.undecided_oldest = Gauge(
+            "autobackup_undecided_oldest_age_seconds", "Age of the oldest undecided candidate", registry=registry
+        )
+        self.jobs = Gauge("autobackup_jobs", "Jobs in the spool, by state", ["state"], registry=registry)
+        self.oldest_job_age = Gauge(
+            "autobackup_queue_oldest_job_age_seconds", "Age of the oldest job that is not done", registry=registry
+        )
+        self.stage_attempts = Counter(
+            "autobackup_stage_attempts_total", "Tries of a stage, by outcome", ["stage", "outcome"], registry=registry
+        )
+        self.stage_duration = Histogram(
+            "autobackup_stage_duration_seconds", "Time that a stage took", ["stage"],
+            buckets=_STAGE_BUCKETS_S, registry=registry,
+        )  # fmt: skip
+        self.sealed_bytes = Counter(
+            "autobackup_sealed_bytes_total", "Ciphertext handed to a destination", ["destination"], registry=registry
+        )
+        self.read_bytes = Counter("autobackup_read_bytes_total", "Plaintext read from disks", registry=registry)
+        self.last_success = Gauge(
+            "autobackup_last_success_timestamp_seconds", "When a copy was last proven", ["destination"],
+            registry=registry,
+        )  # fmt: skip
+        self.scrubs = Counter("autobackup_scrubs_total", "Disks scrubbed or kept", ["outcome"], registry=registry)
+
+    def render(self) -> bytes:
+        """The text exposition format."""
+        return generate_latest(self.registry)

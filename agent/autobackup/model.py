@@ -1,0 +1,207 @@
+"""
+The nouns of the agent: ids, disks, instances, jobs. Data only; what may become of it is `rules`' to say.
+
+Everything here is frozen, and everything that is journaled (`JobRecord`, `InstanceRecord`) is read back
+through `decode`, strictly: a record that does not fit raises `RecordDamaged` and is never guessed at.
+"""
+
+import enum
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NewType, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from autobackup.errors import RecordDamaged
+
+InstanceId = NewType("InstanceId", str)  # Nova's and libvirt's UUID
+JobId = NewType("JobId", str)  # random; never derived from an instance
+AttemptId = NewType("AttemptId", str)  # random UUID; the name of the object in the store
+DestinationName = NewType("DestinationName", str)
+
+ROOT_DISK = "disk"
+
+
+class VerdictKind(enum.StrEnum):
+    """What became of a candidate."""
+
+    TERMINATED = "terminated"
+    ALIVE = "alive"
+    MOVED = "moved"
+    REPLACED = "replaced"
+    UNDECIDED = "undecided"
+
+
+class JobState(enum.StrEnum):
+    """Where a job stands; the legal moves are `rules.lifecycle.JOB_MOVES`."""
+
+    QUEUED = "queued"
+    SENDING = "sending"
+    VERIFIED = "verified"
+    SCRUBBING = "scrubbing"  # journaled before the first byte is overwritten
+    SCRUBBED = "scrubbed"
+    KEPT = "kept"  # verified, not scrubbed: still named elsewhere
+    DONE = "done"
+    PARKED = "parked"
+    DISCARDED = "discarded"
+
+
+class CopyState(enum.StrEnum):
+    """Where the copy for one destination stands; the legal moves are `rules.lifecycle.COPY_MOVES`."""
+
+    QUEUED = "queued"
+    SENDING = "sending"
+    SENT = "sent"
+    VERIFIED = "verified"
+    PARKED = "parked"
+    DISCARDED = "discarded"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskIdentity:
+    """Which inode, and which content. An inode number comes again; with its generation it does not."""
+
+    device: int
+    inode: int
+    generation: int | None  # FS_IOC_GETVERSION; None where the filesystem has none (tmpfs, overlayfs)
+    size_bytes: int
+    mtime_ns: int
+
+    def same_inode(self, other: "DiskIdentity") -> bool:
+        return (self.device, self.inode, self.generation) == (other.device, other.inode, other.generation)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChainLink:
+    """One backing file, by libvirt's word or, said so in `DiskSource.chain_source`, by the overlay's header."""
+
+    path: str
+    format: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskSource:
+    """What the hypervisor says of one disk of an instance."""
+
+    path: str
+    format: str  # `<driver type=>`: never from the content
+    chain: tuple[ChainLink, ...] = ()
+    chain_source: str = "none"  # libvirt | header | none
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstanceRecord:
+    """What is known of an instance, cached while it lives: after a destroy nobody can tell any more."""
+
+    instance: InstanceId
+    libvirt_name: str = ""
+    display_name: str = ""  # Nova's name of the server, where the domain carries it
+    owner_project: str = ""
+    disks: tuple[DiskSource, ...] = ()
+    nvram_path: str | None = None
+    tpm: bool = False
+    domain_xml: str = ""
+    resized_inodes: tuple[int, ...] = ()  # root disks last seen under `<uuid>_resize/`
+    migrated_away: bool = False  # the last stop was a migration to another host
+    updated_at_s: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """What an operator would call it."""
+        return self.display_name or self.libvirt_name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldFile:
+    """A link that a job owns, by its name in the job's folder, and what it is."""
+
+    link: str  # `<uuid>.<disk>.<inode>`, in `jobs/<id>/`
+    disk: str  # `disk`, `disk.eph0`, `console.log`, `nvram` …
+    source_path: str
+    format: str
+    chain: tuple[ChainLink, ...] = ()
+    chain_source: str = "none"
+    identity: DiskIdentity
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttemptRecord:
+    """One try to put one job into one destination. Journaled before the store hears of it. No key is in it."""
+
+    attempt: AttemptId
+    started_at_s: float
+    size_bytes: int | None = None  # known when all was sent
+    digest: str | None = None  # hex, `digest_algorithm` of the store
+    digest_algorithm: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopyRecord:
+    """The copy that one destination is owed."""
+
+    destination: DestinationName
+    state: CopyState = CopyState.QUEUED
+    attempt: AttemptRecord | None = None
+    obsolete: tuple[AttemptId, ...] = ()  # ours in the store, superseded or cut off: to be deleted there
+    failure_count: int = 0
+    not_before_s: float = 0.0  # Unix time of the next try
+    last_error: str = ""
+    verified_at_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobRecord:
+    """One terminated instance on its way to all its destinations."""
+
+    job: JobId
+    instance: InstanceId
+    state: JobState
+    verdict: VerdictKind
+    verdict_reason: str
+    rule: str
+    scrub_method: str
+    created_at_s: float
+    updated_at_s: float
+    source: InstanceRecord  # as it was known at the verdict
+    files: tuple[HeldFile, ...]
+    copies: tuple[CopyRecord, ...]
+    not_captured: Mapping[str, str] = field(default_factory=dict)
+    first_read: Mapping[str, DiskIdentity] = field(default_factory=dict)  # link -> identity at the first read
+    member_digests: Mapping[str, str] = field(default_factory=dict)  # of the last whole read, for the receipt
+    unreadable: bool = False
+    failure_count: int = 0
+    not_before_s: float = 0.0
+    last_error: str = ""
+    still_named: tuple[str, ...] = ()  # paths that kept files of this job from being scrubbed
+
+    @property
+    def bases(self) -> tuple[ChainLink, ...]:
+        """Every backing file that a file of this job stands on, once."""
+        return tuple(dict.fromkeys(link for held in self.files for link in held.chain))
+
+
+_Record = TypeVar("_Record")
+_STRICT = ConfigDict(extra="forbid")
+_ADAPTERS: dict[type, TypeAdapter[object]] = {}
+
+
+def encode(record: object) -> bytes:
+    """One record as indented JSON: an operator reads the spool with `less`."""
+    return json.dumps(_adapter(type(record)).dump_python(record, mode="json"), indent=1).encode() + b"\n"
+
+
+def decode(kind: type[_Record], data: bytes, *, where: str) -> _Record:
+    """Read back what `encode` wrote. Raises `RecordDamaged` naming *where*."""
+    try:
+        return _adapter(kind).validate_json(data)  # type: ignore[return-value]
+    except ValidationError as exc:
+        first = exc.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise RecordDamaged(f"{where}: {key or 'document'}: {first['msg']}") from exc
+
+
+def _adapter(kind: type) -> TypeAdapter[object]:
+    if kind not in _ADAPTERS:
+        _ADAPTERS[kind] = TypeAdapter(kind)
+    return _ADAPTERS[kind]
