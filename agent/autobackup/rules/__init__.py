@@ -1,0 +1,1 @@
+"""Pure decisions: facts in, verdict out. No files, no clock, no loop, no logging."""
