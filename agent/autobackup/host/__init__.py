@@ -1,0 +1,1 @@
+"""This machine: libvirt, inotify, files, disks. The only room that imports libvirt."""

@@ -1,0 +1,299 @@
+"""
+The spool: the folder that is the truth. A start is a walk over it.
+
+    <instances_path>/.autobackup/        0700
+      lock        flock: one agent per spool
+      host        which host it belongs to: a spool on shared storage is not taken over by another
+      reserve     given up when the filesystem is full, so that the records which free space can be written
+      claims/     host.claims' own
+      bases/      links on backing files, `<file name>.<inode>`; never scrubbed
+      instances/  <uuid>.json, what is known of an instance
+      jobs/<id>/  job.json and the links that the job owns
+      receipts/   <id>.json
+
+Every record is written to a temporary name, synced, renamed over, and its folder synced: a reader sees the old or
+the new one. A job comes into being as `jobs/.new-<id>` and takes its links over after the rename, so a crash
+leaves them either claims or the job's. State belongs to the folder, never to a name or inode that can come again.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Final
+
+import aiofiles
+import aiofiles.os
+
+from autobackup import logs
+from autobackup.errors import ConfigError, RecordDamaged, SpoolUnavailable
+from autobackup.host.claims import Claims
+from autobackup.host.filesystems import check_spool, sync_folder
+from autobackup.model import (
+    ChainLink,
+    DiskIdentity,
+    InstanceId,
+    InstanceRecord,
+    JobId,
+    JobRecord,
+    JobState,
+    decode,
+    encode,
+)
+
+_log = logs.get("host.spool")
+_FOLDERS: Final = ("claims", "bases", "instances", "jobs", "receipts")
+_NEW: Final = ".new-"
+
+
+class Spool:
+    """Opens, checks and locks the spool; raises `ConfigError` where it must not be used."""
+
+    def __init__(
+        self, *, instances_path: str, path: str, filesystems: tuple[str, ...], host_id: str, reserve_bytes: int
+    ) -> None:
+        self.instances_path = instances_path
+        self.path = path
+        self._filesystems = filesystems
+        self._host_id = host_id
+        self._reserve_bytes = reserve_bytes
+        self._lock_fd = -1
+        self._held: dict[JobId, frozenset[int]] = {}  # inodes that jobs hold links on
+        self._kept: dict[JobId, frozenset[DiskIdentity]] = {}  # what kept jobs left under Nova's names
+        self.claims = Claims(instances_path=instances_path, folder=self._at("claims"), is_owned=self.owns)
+
+    # ---- opening ----------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Make, check, lock. Blocks only for the filesystem; called once, before the loop has work."""
+        if not os.path.isdir(self.instances_path):
+            raise ConfigError(f"{self.instances_path}: not a folder; set instances_path to Nova's")
+        if os.path.islink(self.path):
+            raise ConfigError(f"{self.path}: is a symbolic link; remove it, the spool must be a real folder there")
+        try:
+            os.makedirs(self.path, mode=0o700, exist_ok=True)
+            os.chmod(self.path, 0o700)
+        except OSError as exc:
+            raise ConfigError(f"{self.path}: {exc.strerror}; the spool cannot be made here") from exc
+        self._lock()
+        try:
+            check_spool(instances_path=self.instances_path, spool_path=self.path, allowed=self._filesystems)
+            for folder in _FOLDERS:
+                os.makedirs(self._at(folder), mode=0o700, exist_ok=True)
+            self._check_host()
+            self.keep_reserve()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+
+    def keep_reserve(self) -> None:
+        """Have the reserve file again once there is room; called from time to time."""
+        reserve = self._at("reserve")
+        if os.path.exists(reserve):
+            return
+        try:
+            fd = os.open(reserve, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+            try:
+                os.posix_fallocate(fd, 0, self._reserve_bytes)
+            finally:
+                os.close(fd)
+        except OSError:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(reserve)
+
+    # ---- jobs -------------------------------------------------------------------------------------------
+
+    def job_folder(self, job: JobId) -> str:
+        return self._at("jobs", job)
+
+    def owns(self, inode: int, identify_it: Callable[[], DiskIdentity | None]) -> bool:
+        """
+        True for an inode that a job holds, or that a kept job left behind under Nova's name.
+
+        A kept job holds no link, so its inode number may have come again: only then is *identify_it* asked.
+        """
+        if any(inode in inodes for inodes in self._held.values()):
+            return True
+        kept = [identity for left in self._kept.values() for identity in left if identity.inode == inode]
+        return bool(kept) and identify_it() in kept
+
+    async def create_job(self, record: JobRecord) -> None:
+        """Durably: the record first, then its links. Idempotent through `load_jobs` after a crash."""
+        new = self._at("jobs", _NEW + record.job)
+        try:
+            await aiofiles.os.makedirs(new, mode=0o700, exist_ok=True)
+            await self._write(os.path.join(new, "job.json"), encode(record))
+            await aiofiles.os.rename(new, self.job_folder(record.job))
+            sync_folder(self._at("jobs"))
+        except OSError as exc:
+            raise SpoolUnavailable(f"{new}: {exc.strerror}") from exc
+        self._take_over(record)
+
+    async def write_job(self, record: JobRecord) -> None:
+        """Journal one step of a job. Raises `SpoolUnavailable`; then the step has not been taken."""
+        await self._write(os.path.join(self.job_folder(record.job), "job.json"), encode(record))
+        self._note_owned(record)
+
+    def load_jobs(self) -> Iterator[JobRecord]:
+        """Every job in the spool, its links in its folder. A record that cannot be read is reported and left alone."""
+        for name in sorted(os.listdir(self._at("jobs"))):
+            folder = self._at("jobs", name)
+            if name.startswith(_NEW):
+                shutil.rmtree(folder)  # never had a link: they are claims still
+                continue
+            path = os.path.join(folder, "job.json")
+            try:
+                with open(path, "rb") as file:
+                    record = decode(JobRecord, file.read(), where=path)
+            except (FileNotFoundError, RecordDamaged) as exc:
+                _log.error("job.unreadable", job=name, error=str(exc), consequence="its folder is left untouched")
+                self._held[JobId(name)] = frozenset(_inodes_in(folder))
+                continue
+            self._take_over(record)
+            yield record
+
+    async def remove_job(self, job: JobId) -> None:
+        """The last step: a folder whose links are gone."""
+        folder = self.job_folder(job)
+        with contextlib.suppress(FileNotFoundError):
+            await aiofiles.os.unlink(os.path.join(folder, "job.json"))
+            await aiofiles.os.rmdir(folder)
+        sync_folder(self._at("jobs"))
+        self._held.pop(job, None)
+        self._kept.pop(job, None)
+
+    def _take_over(self, record: JobRecord) -> None:
+        """Rename the job's claims into its folder; those that are there already stay."""
+        self._note_owned(record)
+        if record.state is not JobState.QUEUED:
+            return  # its links were taken over before it first moved
+        folder = self.job_folder(record.job)
+        moved = [self.claims.hand_over(held.link, folder) for held in record.files]
+        if any(moved):
+            sync_folder(folder)
+            self.claims.sync()
+
+    def _note_owned(self, record: JobRecord) -> None:
+        if record.state is JobState.KEPT:
+            self._held.pop(record.job, None)
+            self._kept[record.job] = frozenset(held.identity for held in record.files)
+        else:
+            self._held[record.job] = frozenset(held.identity.inode for held in record.files)
+
+    # ---- instances, bases, receipts ---------------------------------------------------------------------
+
+    async def write_instance(self, record: InstanceRecord) -> None:
+        await self._write(self._at("instances", f"{record.instance}.json"), encode(record))
+
+    def load_instances(self) -> Iterator[InstanceRecord]:
+        for name in sorted(os.listdir(self._at("instances"))):
+            path = self._at("instances", name)
+            try:
+                with open(path, "rb") as file:
+                    yield decode(InstanceRecord, file.read(), where=path)
+            except RecordDamaged as exc:
+                _log.error("instance.unreadable", error=str(exc), consequence="learnt anew if it still lives")
+
+    def forget_instance(self, instance: InstanceId) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._at("instances", f"{instance}.json"))
+
+    def hold_base(self, path: str) -> bool:
+        """Link a backing file, so that Nova's image cache cannot age it away. False if it lies on another mount."""
+        try:
+            found = os.lstat(path)
+            os.link(path, self._at("bases", f"{os.path.basename(path)}.{found.st_ino}"), follow_symlinks=False)
+        except FileExistsError:
+            return True
+        except OSError as exc:
+            if exc.errno in (errno.EXDEV, errno.EPERM, errno.ENOENT):
+                return False
+            raise SpoolUnavailable(f"{path}: {exc.strerror}") from exc
+        return True
+
+    def base_path(self, link: ChainLink) -> str | None:
+        """Where a backing file can be read: our link, else its own path, else None. The newest inode of its name."""
+        name = os.path.basename(link.path)
+        held = [entry for entry in os.listdir(self._at("bases")) if entry.rpartition(".")[0] == name]
+        if held:
+            return max((self._at("bases", entry) for entry in held), key=lambda path: os.lstat(path).st_ctime_ns)
+        return link.path if os.path.isfile(link.path) and not os.path.islink(link.path) else None
+
+    def release_bases(self, wanted: set[str]) -> None:
+        """Unlink every held base whose file name is not in *wanted*: its last dependant is gone."""
+        for entry in os.listdir(self._at("bases")):
+            if entry.rpartition(".")[0] not in wanted:
+                os.unlink(self._at("bases", entry))
+
+    async def write_receipt(self, job: JobId, receipt: bytes) -> None:
+        await self._write(self._at("receipts", f"{job}.json"), receipt)
+
+    # ---- inside -----------------------------------------------------------------------------------------
+
+    async def _write(self, path: str, data: bytes) -> None:
+        try:
+            await self._write_once(path, data)
+        except OSError as exc:
+            if exc.errno not in (errno.ENOSPC, errno.EDQUOT) or not self._give_up_reserve():
+                raise SpoolUnavailable(f"{path}: {exc.strerror}") from exc
+            try:
+                await self._write_once(path, data)
+            except OSError as again:
+                raise SpoolUnavailable(f"{path}: {again.strerror}, the reserve is used up") from again
+
+    async def _write_once(self, path: str, data: bytes) -> None:
+        folder, name = os.path.split(path)
+        temporary = os.path.join(folder, f".{name}.new")
+        async with aiofiles.open(temporary, "wb") as file:
+            await file.write(data)
+            await file.flush()
+            await aiofiles.os.wrap(os.fsync)(file.fileno())
+        await aiofiles.os.replace(temporary, path)
+        await aiofiles.os.wrap(sync_folder)(folder)
+
+    def _give_up_reserve(self) -> bool:
+        try:
+            os.unlink(self._at("reserve"))
+        except FileNotFoundError:
+            return False
+        _log.warning("spool.full", spool=self.path, consequence="the reserve was given up to keep the journal")
+        return True
+
+    def _lock(self) -> None:
+        self._lock_fd = os.open(self._at("lock"), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as exc:
+            self.close()
+            raise ConfigError(f"{self.path}: another agent is using this spool; stop it first") from exc
+
+    def _check_host(self) -> None:
+        path = self._at("host")
+        try:
+            with open(path, encoding="ascii") as file:
+                owner = file.read().strip()
+        except FileNotFoundError:
+            with open(path, "x", encoding="ascii") as file:
+                file.write(self._host_id + "\n")
+            return
+        if owner != self._host_id:
+            raise ConfigError(
+                f"{self.path}: belongs to host {owner}, this is {self._host_id}; on shared storage give each host its "
+                f"own instances_path, or remove {path} if that host is gone for good"
+            )
+
+    def _at(self, *parts: str) -> str:
+        return os.path.join(self.path, *parts)
+
+
+def _inodes_in(folder: str) -> Iterator[int]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            yield entry.inode()
