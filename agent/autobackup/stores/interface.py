@@ -1,0 +1,72 @@
+"""
+What every store offers: sealed bundles by attempt id, and nothing about what is in them.
+
+`tests/contract/test_store_contract.py` is this interface in executable form; a new store is done when it passes.
+
+A store never interprets, never resumes and never retries: a put that did not return is worth nothing, and what it
+left behind is removed by `delete`. "It did not fail" proves nothing either: `stat`, `digest` and `read` ask what
+the store holds now (invariant 4).
+"""
+
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+from autobackup.model import AttemptId
+
+Chunk: TypeAlias = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """One object as the store describes it. Unauthenticated: whoever can write the store can write this."""
+
+    attempt: AttemptId
+    size_bytes: int
+    properties: Mapping[str, str]
+
+
+class Body(Protocol):
+    """
+    The bytes of one object, to be iterated once.
+
+    Chunks of at most 1 MiB, the header first; each is the consumer's to keep. After the last one `size_bytes` and
+    `digest` (hex, by the store's `digest_algorithm`) are those of everything that was yielded; before, they raise.
+    """
+
+    def __aiter__(self) -> AsyncIterator[Chunk]: ...
+
+    @property
+    def size_bytes(self) -> int: ...
+
+    @property
+    def digest(self) -> str: ...
+
+
+class Store(Protocol):
+    """Where sealed bundles go. Every method may raise `StoreUnavailable` (try again later)."""
+
+    @property
+    def digest_algorithm(self) -> str:
+        """The hashlib name of the hash that `digest` answers with."""
+
+    async def check(self) -> None:
+        """Raise `StoreUnavailable` or `StoreRefused`, with the remedy, if a put could not succeed now."""
+
+    async def put(self, attempt: AttemptId, body: Body, *, properties: Mapping[str, str]) -> None:
+        """Store *body* whole or not at all, durably. An id that exists raises `StoreRefused`."""
+
+    async def stat(self, attempt: AttemptId) -> Stored:
+        """What is held under *attempt*. `StoreRefused` if nothing is, or not all of it."""
+
+    async def digest(self, attempt: AttemptId) -> str:
+        """The hash of what the store holds now, by the store's own word, not by ours."""
+
+    async def read(self, attempt: AttemptId, *, offset: int, length: int) -> bytes:
+        """Exactly *length* bytes from *offset*; fewer only at the end of the object."""
+
+    async def delete(self, attempt: AttemptId) -> None:
+        """Remove *attempt* and whatever an unfinished put left of it. Nothing there is success."""
+
+    async def held(self) -> list[Stored]:
+        """Everything held whole, oldest first."""

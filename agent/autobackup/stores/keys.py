@@ -1,0 +1,116 @@
+"""
+Where data keys come from. A data key is 32 random bytes, drawn anew for every attempt (invariant 6).
+
+`draw` gives a fresh one and the words that the header carries so that it can be had again; `fetch` gets it again
+from those words, asking its source anew each time, because a verification with a key from memory proves nothing.
+
+`keyfile`, the embedded default: a 32-byte key-encryption key (KEK) in a file, as 64 hex digits and a newline. The
+header carries the data key wrapped with AES-KWP (RFC 5649). Who has the file opens everything sealed under it.
+"""
+
+import hmac
+import os
+import secrets
+from base64 import b64decode, b64encode
+from binascii import Error as Base64Error
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+from cryptography.hazmat.primitives.keywrap import (
+    InvalidUnwrap,
+    aes_key_unwrap_with_padding,
+    aes_key_wrap_with_padding,
+)
+
+from autobackup.container.header import kek_id
+from autobackup.errors import ContainerDamaged, KeyRefused, KeysUnavailable, TargetExists
+
+KEY_BYTES: Final = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataKey:
+    """One key and its words for the header. The key is in no repr, and so in no log or traceback."""
+
+    key: bytes = field(repr=False)
+    header_words: Mapping[str, str]
+
+
+class KeySource(Protocol):
+    """Draws and fetches data keys."""
+
+    async def draw(self) -> DataKey:
+        """A fresh key. `KeysUnavailable` if the source cannot be asked now."""
+
+    async def fetch(self, header_words: Mapping[str, str]) -> bytes:
+        """The key that *header_words* stand for, from its source anew. `KeyRefused` if it is not ours to have."""
+
+
+class KeyFile:
+    """The `keyfile` source. *older* still open what they sealed; nothing new is sealed with them."""
+
+    def __init__(self, path: str, *, older: Iterable[str] = ()) -> None:
+        self._path = path
+        self._older = tuple(older)
+
+    async def draw(self) -> DataKey:
+        kek, key = read_kek(self._path), secrets.token_bytes(KEY_BYTES)
+        words = {
+            "source": "keyfile",
+            "kek_id": kek_id(kek),
+            "wrapped": b64encode(aes_key_wrap_with_padding(kek, key)).decode(),
+        }
+        return DataKey(key=key, header_words=words)
+
+    async def fetch(self, header_words: Mapping[str, str]) -> bytes:
+        if header_words.get("source") != "keyfile":
+            raise KeyRefused(f"sealed with a key from {header_words.get('source')!r}, not from a key file")
+        wanted = header_words.get("kek_id", "")
+        for path in (self._path, *self._older):
+            kek = read_kek(path)
+            if hmac.compare_digest(kek_id(kek), wanted):
+                return _unwrap(kek, header_words.get("wrapped", ""))
+        raise KeyRefused(f"sealed under the key-encryption key {wanted}; none of the key files at hand is that one")
+
+
+def read_kek(path: str) -> bytes:
+    """The KEK in *path*. The text of an error names the file and never what is in it."""
+    try:
+        with open(path, "rb") as file:
+            text = file.read(1024).strip()
+    except FileNotFoundError:
+        raise KeysUnavailable(f"{path}: no such key file; make one with: autobackup keygen {path}") from None
+    except OSError as exc:
+        raise KeysUnavailable(f"{path}: {exc.strerror}") from None
+    try:
+        kek = bytes.fromhex(text.decode("ascii"))
+    except ValueError:
+        kek = b""
+    if len(kek) != KEY_BYTES:
+        raise KeyRefused(f"{path}: not a key file; it must hold 64 hex digits, as autobackup keygen writes them")
+    return kek
+
+
+def write_kek(path: str) -> str:
+    """Make a new key file, mode 0600; returns its id. Never overwrites: `TargetExists`."""
+    kek = secrets.token_bytes(KEY_BYTES)
+    try:
+        fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+    except FileExistsError:
+        raise TargetExists(f"{path}: exists; a key file is never overwritten") from None
+    with open(fd, "w", encoding="ascii") as file:
+        file.write(kek.hex() + "\n")
+        file.flush()
+        os.fsync(fd)
+    return kek_id(kek)
+
+
+def _unwrap(kek: bytes, wrapped: str) -> bytes:
+    try:
+        key = aes_key_unwrap_with_padding(kek, b64decode(wrapped, validate=True))
+    except (InvalidUnwrap, Base64Error, ValueError):
+        raise ContainerDamaged("the wrapped key in the header was edited or is cut") from None
+    if len(key) != KEY_BYTES:
+        raise ContainerDamaged(f"the wrapped key in the header is {len(key)} bytes long, not {KEY_BYTES}")
+    return key
