@@ -1,0 +1,1 @@
+"""Verbs: what the agent does with the rooms below. Nothing here knows how it is served or configured."""

@@ -1,0 +1,181 @@
+"""
+Before the read: open what a job holds, make sure that nobody else has it open, and write down what is there.
+
+Everything is opened once and stays open until the read has ended. Formats and chains are the hypervisor's word; a
+qcow2 header is compared with it and nothing in it is followed (invariant 5). What cannot be captured is named in
+the manifest with the reason; it never stops the rest.
+"""
+
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Literal, cast
+
+from autobackup.container.bundle import BASES, CONSOLE_LOG, DISKS, DOMAIN_XML, NVRAM, SWTPM
+from autobackup.container.manifest import DiskEntry, FileEntry, Health, Manifest, NotCaptured
+from autobackup.errors import OverlayChanged, Refused, SpoolUnavailable
+from autobackup.flows.contents import Contents, Member
+from autobackup.host import qcow2
+from autobackup.host.disks import HeldDisk
+from autobackup.host.spool import Spool
+from autobackup.model import ChainLink, DiskIdentity, HeldFile, JobRecord
+
+_Format = Literal["qcow2", "raw", "unknown"]
+_FORMATS = frozenset({"qcow2", "raw"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gathered:
+    """What is about to be read. The disks are open for as long as the caller's stack."""
+
+    contents: Contents
+    first_read: Mapping[str, DiskIdentity]
+    not_captured: Mapping[str, str]
+
+
+def gather(job: JobRecord, spool: Spool, host: str, open_disks: ExitStack) -> Gathered:
+    """
+    Open the disks of *job* and describe them. Blocks: a worker's call.
+
+    Raises `DiskBusy` if somebody has one open, `Refused` if a link is not the inode that was claimed.
+    """
+    missing = dict(job.not_captured)
+    bases = _open_bases(job, spool, open_disks, missing)
+    disks: list[tuple[DiskEntry, HeldDisk]] = []
+    files: list[tuple[FileEntry, HeldDisk]] = []
+    health: list[Health] = []
+    first_read: dict[str, DiskIdentity] = {}
+    for held in job.files:
+        disk = open_disks.enter_context(_open_own(os.path.join(spool.job_folder(job.job), held.link), held))
+        first_read[held.link] = disk.identity
+        member = member_name(held.disk)
+        if member.startswith(DISKS):
+            disks.append((_entry(held, member, disk, bases), disk))
+            if held.format == "qcow2":
+                health.append(_health(held, member, disk))
+        else:
+            files.append(
+                (FileEntry(member=member, size_bytes=disk.identity.size_bytes, source_path=held.source_path), disk)
+            )
+    xml = job.source.domain_xml.encode()
+    if not xml:
+        missing[DOMAIN_XML] = "the domain was gone before its XML could be read"
+    manifest = Manifest(
+        job=job.job,
+        instance=job.instance,
+        instance_name=job.source.name,
+        host=host,
+        captured_at_s=int(job.created_at_s),
+        verdict=job.verdict,
+        verdict_reason=job.verdict_reason,
+        disks=tuple(entry for entry, _ in disks),
+        bases=tuple(entry for entry, _ in bases.values()),
+        files=(
+            *((FileEntry(member=DOMAIN_XML, size_bytes=len(xml), source_path=""),) if xml else ()),
+            *(entry for entry, _ in files),
+        ),
+        not_captured=tuple(NotCaptured(what=what, why=why) for what, why in sorted(missing.items())),
+        facts={"libvirt_name": job.source.libvirt_name, "owner_project": job.source.owner_project, "rule": job.rule},
+    )
+    members = [
+        *((Member(name=DOMAIN_XML, data=xml),) if xml else ()),
+        *(Member(name=entry.member, disk=disk, first=disk.identity) for entry, disk in (*disks, *bases.values())),
+        *(Member(name=file.member, disk=disk, first=disk.identity) for file, disk in files),
+    ]
+    contents = Contents(manifest=manifest, members=members, health=health, mtime_s=int(job.created_at_s))
+    return Gathered(contents=contents, first_read=first_read, not_captured=missing)
+
+
+def member_name(disk: str) -> str:
+    """The member of a bundle that a held file becomes."""
+    if disk == CONSOLE_LOG:
+        return CONSOLE_LOG
+    if disk == "nvram":
+        return NVRAM + "nvram"
+    if disk.startswith("swtpm."):
+        return SWTPM + disk.removeprefix("swtpm.")
+    return DISKS + disk
+
+
+def _open_own(path: str, held: HeldFile) -> HeldDisk:
+    if not os.path.lexists(path):
+        raise Refused(f"{path}: the job's link is gone; somebody removed it from the spool")
+    try:
+        disk = HeldDisk(path)
+    except OSError as exc:
+        raise SpoolUnavailable(f"{path}: {exc.strerror}") from exc
+    try:
+        if not disk.identity.same_inode(held.identity):
+            raise Refused(f"{path}: is not the inode that was claimed ({held.identity.inode})")
+        disk.require_idle()
+    except BaseException:
+        disk.close()
+        raise
+    return disk
+
+
+def _open_bases(
+    job: JobRecord, spool: Spool, open_disks: ExitStack, missing: dict[str, str]
+) -> dict[ChainLink, tuple[DiskEntry, HeldDisk]]:
+    """Every backing file that can be read, deepest first, so that each can name the one below it."""
+    opened: dict[ChainLink, tuple[DiskEntry, HeldDisk]] = {}
+    for held in job.files:
+        below: ChainLink | None = None
+        for link in reversed(held.chain):
+            path = spool.base_path(link)
+            member = BASES + os.path.basename(link.path)
+            if link not in opened and path is not None:
+                try:
+                    disk = open_disks.enter_context(HeldDisk(path))
+                except (OSError, OverlayChanged, Refused) as exc:
+                    missing[member] = f"the backing file {link.path} could not be opened: {exc}"
+                    continue
+                opened[link] = (
+                    DiskEntry(
+                        name=os.path.basename(link.path),
+                        member=member,
+                        format=_format(link.format),
+                        size_bytes=disk.identity.size_bytes,
+                        source_path=link.path,
+                        inode=disk.identity.inode,
+                        mtime_ns=disk.identity.mtime_ns,
+                        backing=opened[below][0].member if below in opened else None,
+                        backing_path=below.path if below else None,
+                        chain_source=cast(Literal["libvirt", "header", "none"], held.chain_source),
+                    ),
+                    disk,
+                )
+            elif link not in opened:
+                missing[member] = f"the backing file {link.path} is gone and was not held"
+            below = link
+    return opened
+
+
+def _entry(
+    held: HeldFile, member: str, disk: HeldDisk, bases: Mapping[ChainLink, tuple[DiskEntry, HeldDisk]]
+) -> DiskEntry:
+    top = held.chain[0] if held.chain else None
+    below = bases.get(top) if top is not None else None
+    return DiskEntry(
+        name=held.disk,
+        member=member,
+        format=_format(held.format),
+        size_bytes=disk.identity.size_bytes,
+        source_path=held.source_path,
+        inode=disk.identity.inode,
+        mtime_ns=disk.identity.mtime_ns,
+        backing=below[0].member if below is not None else None,
+        backing_path=top.path if top else None,
+        chain_source=cast(Literal["libvirt", "header", "none"], held.chain_source),
+    )
+
+
+def _health(held: HeldFile, member: str, disk: HeldDisk) -> Health:
+    head = os.pread(disk.fd, qcow2.HEADER_READ_BYTES, 0)
+    mistrusted = qcow2.mistrust(head, chain=held.chain, chain_source=held.chain_source)
+    return qcow2.check(disk.path, member=member, mistrusted=mistrusted)
+
+
+def _format(name: str) -> _Format:
+    return cast(_Format, name) if name in _FORMATS else "unknown"

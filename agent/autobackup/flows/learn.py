@@ -1,0 +1,167 @@
+"""
+What is known of each instance, kept while it lives: after a destroy nobody can tell any more.
+
+A look-up of a living domain is merged into its record, its backing files are linked, its firmware state is claimed
+where that is possible; where it is not, the reason goes into the manifest. Records are written when they change.
+"""
+
+import errno
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+from autobackup import logs
+from autobackup.errors import Damaged
+from autobackup.flows.jobs import Jobs
+from autobackup.flows.queueing import chain_by_header
+from autobackup.flows.workers import Workers
+from autobackup.host.claims import Claims
+from autobackup.host.domain_xml import merge, read_domain
+from autobackup.host.libvirt_events import DomainAnswer
+from autobackup.host.spool import Spool
+from autobackup.model import DiskSource, InstanceId, InstanceRecord
+from autobackup.rules.termination import Place
+
+_log = logs.get("flows.learn")
+_SWTPM_FOLDER = "/var/lib/libvirt/swtpm"
+_WHY = {
+    errno.EXDEV: "it lies on another mount than the spool, so it cannot be held past the undefine",
+    errno.EPERM: "its filesystem makes no hard links",
+    errno.ENOENT: "it was not there",
+    errno.ELOOP: "its folder is a symbolic link",
+}
+
+
+class Learn:
+    """The instance records, in memory and in the spool."""
+
+    def __init__(
+        self,
+        *,
+        claims: Claims,
+        spool: Spool,
+        jobs: Jobs,
+        workers: Workers,
+        swtpm_folder: str = _SWTPM_FOLDER,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._claims = claims
+        self._spool = spool
+        self._jobs = jobs
+        self._workers = workers
+        self._swtpm_folder = swtpm_folder
+        self._clock = clock
+        self._records: dict[InstanceId, InstanceRecord] = {}
+        self._missing: dict[InstanceId, dict[str, str]] = {}
+        self._unwritten: set[InstanceId] = set()
+
+    def load(self) -> None:
+        self._records = {record.instance: record for record in self._spool.load_instances()}
+
+    def known(self, instance: InstanceId) -> InstanceRecord:
+        return self._records.get(instance) or InstanceRecord(instance=instance)
+
+    def not_captured(self, instance: InstanceId) -> dict[str, str]:
+        """What of the instance's firmware state could not be held, and why."""
+        return dict(self._missing.get(instance, {}))
+
+    async def from_answer(self, instance: InstanceId, answer: DomainAnswer) -> InstanceRecord:
+        """Merge what libvirt said, and what the folders show, into the record; journal it if that changed it."""
+        known = self._records.get(instance)
+        record = known or InstanceRecord(instance=instance)
+        if answer.xml:
+            try:
+                record = merge(known, read_domain(answer.xml))
+            except Damaged as exc:
+                _log.warning("domain.unreadable", instance=instance, error=str(exc))
+            record = replace(record, migrated_away=False)  # it is here
+        record = await self._workers.blocking(partial(self._from_host, record))
+        is_news = record != known and (answer.xml or known is not None or record.resized_inodes)
+        if is_news or instance in self._unwritten:
+            await self._keep(record)
+        return record
+
+    def migrated_away(self, instance: InstanceId) -> None:
+        """libvirt says that the domain left for another host."""
+        self._records[instance] = replace(self.known(instance), migrated_away=True)
+        self._unwritten.add(instance)
+
+    def forget(self, instance: InstanceId) -> None:
+        """The instance is gone, and with it the last reason for its record and perhaps for its bases."""
+        self._missing.pop(instance, None)
+        if self._records.pop(instance, None) is not None:
+            self._spool.forget_instance(instance)
+        self.release_bases()
+
+    def release_bases(self) -> None:
+        """Let go of every backing file that no instance and no job stands on."""
+        chains = [link for record in self._records.values() for disk in record.disks for link in disk.chain]
+        chains += [link for job in self._jobs.all() for link in job.bases]
+        self._spool.release_bases({os.path.basename(link.path) for link in chains})
+
+    async def _keep(self, record: InstanceRecord) -> None:
+        record = replace(record, updated_at_s=self._clock())
+        await self._spool.write_instance(record)
+        self._records[record.instance] = record
+        self._unwritten.discard(record.instance)
+
+    # ---- in a worker ------------------------------------------------------------------------------------
+
+    def _from_host(self, record: InstanceRecord) -> InstanceRecord:
+        claims = self._claims.of(record.instance)
+        resized = {c.inode for c in claims if c.is_root and self._claims.place(c) is Place.RESIZE}
+        returned = {c.inode for c in claims if c.is_root and self._claims.place(c) is Place.INSTANCE}
+        record = replace(
+            record,
+            resized_inodes=tuple(sorted((set(record.resized_inodes) | resized) - returned)),
+            disks=tuple(self._with_chain(record, disk) for disk in record.disks),
+        )
+        for disk in record.disks:
+            for link in disk.chain:
+                if not self._spool.hold_base(link.path):
+                    _log.debug("base.not_held", instance=record.instance, base=link.path)
+        self._hold_firmware(record)
+        return record
+
+    def _with_chain(self, record: InstanceRecord, disk: DiskSource) -> DiskSource:
+        """A stopped domain's XML has no chain: then, and only then, the overlay's header is asked."""
+        if disk.chain_source != "none" or disk.format != "qcow2":
+            return disk
+        claim = next((c for c in self._claims.of(record.instance) if c.disk == os.path.basename(disk.path)), None)
+        if claim is None:
+            return disk
+        try:
+            fd = os.open(self._claims.path(claim), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:
+            return disk
+        try:
+            chain = chain_by_header(fd, disk.format, self._spool.instances_path)
+        finally:
+            os.close(fd)
+        return replace(disk, chain=chain, chain_source="header") if chain else disk
+
+    def _hold_firmware(self, record: InstanceRecord) -> None:
+        missing: dict[str, str] = {}
+        if record.nvram_path:
+            self._hold_outside(record.instance, "nvram", record.nvram_path, missing)
+        if record.tpm:
+            folder = os.path.join(self._swtpm_folder, record.instance, "tpm2")
+            try:
+                names = [name for name in os.listdir(folder) if not name.startswith(".")]
+            except OSError as exc:
+                missing["swtpm"] = f"{folder}: {_WHY.get(exc.errno or 0, exc.strerror)}"
+            else:
+                for name in names:
+                    self._hold_outside(record.instance, f"swtpm.{name}", os.path.join(folder, name), missing)
+        if missing or record.instance in self._missing:
+            self._missing[record.instance] = missing
+
+    def _hold_outside(self, instance: InstanceId, disk: str, path: str, missing: dict[str, str]) -> None:
+        try:
+            self._claims.claim_outside(instance, disk, path)
+        except OSError as exc:
+            held = any(claim.disk == disk for claim in self._claims.of(instance))
+            if not held:
+                missing[disk] = f"{path}: {_WHY.get(exc.errno or 0, exc.strerror)}"

@@ -1,0 +1,312 @@
+"""
+The sending half of a job: one read of its disks for every destination that is due, then a proof of each copy.
+
+An attempt is journaled before its store hears of it, with nothing in it that could open it; it is made with a key,
+a salt and a nonce prefix drawn for it alone, and none of them outlives it here (invariant 6). A stream that was
+cut off is never resumed: its attempt becomes obsolete, is deleted from the store once that answers, and the copy is
+sent anew.
+"""
+
+import random
+import secrets
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from typing import Any, Final
+
+from autobackup import logs
+from autobackup.config import Destination, RetrySection
+from autobackup.container import header as container_header
+from autobackup.container.header import Header
+from autobackup.container.seal import NONCE_PREFIX_BYTES, SALT_BYTES
+from autobackup.errors import AutobackupError, Damaged, OverlayChanged, StoreRefused, Transient
+from autobackup.flows.fanout import FanoutLimits, Outlet, Sent, Tap, fan_out
+from autobackup.flows.gather import gather
+from autobackup.flows.jobs import Jobs
+from autobackup.flows.verify import prove_copy
+from autobackup.flows.workers import Workers
+from autobackup.host.spool import Spool
+from autobackup.metrics import Metrics
+from autobackup.model import (
+    AttemptId,
+    AttemptRecord,
+    CopyRecord,
+    CopyState,
+    DestinationName,
+    JobRecord,
+)
+from autobackup.rules.lifecycle import CopyEvent, retry_delay_s
+from autobackup.stores import DataKey, KeySource, Store
+
+_log = logs.get("flows.send")
+_NOT_PROVEN_PARKS: Final = 3  # a store that keeps returning other bytes than it was sent needs an operator
+_FORMAT: Final = "1"
+
+
+class Send:
+    """Sends and proves copies; changes their states and nothing else."""
+
+    def __init__(
+        self,
+        *,
+        jobs: Jobs,
+        spool: Spool,
+        stores: Mapping[DestinationName, Store],
+        keys: Mapping[DestinationName, KeySource],
+        destinations: Mapping[DestinationName, Destination],
+        limits: FanoutLimits,
+        retry: RetrySection,
+        workers: Workers,
+        metrics: Metrics,
+        host: str,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._jobs = jobs
+        self._spool = spool
+        self._stores = stores
+        self._keys = keys
+        self._destinations = destinations
+        self._limits = limits
+        self._retry = retry
+        self._workers = workers
+        self._metrics = metrics
+        self._host = host
+        self._clock = clock
+
+    async def resume(self, record: JobRecord) -> JobRecord:
+        """Copies that were being sent when the last process or step ended: cut off, to be sent anew."""
+        cut = {c.destination: c for c in record.copies if c.state is CopyState.SENDING}
+        if not cut:
+            return record
+        changes = {name: _obsolete(copy) for name, copy in cut.items()}
+        return await self._jobs.move_copies(record.job, dict.fromkeys(cut, CopyEvent.INTERRUPTED), changes)
+
+    async def outdate(self, record: JobRecord) -> JobRecord:
+        """The disk changed after these copies were read: none of them is the last state."""
+        record = await self.resume(record)
+        old = {c.destination: c for c in record.copies if c.state in (CopyState.SENT, CopyState.VERIFIED)}
+        if not old:
+            return record
+        changes = {name: _obsolete(copy) | {"verified_at_s": None} for name, copy in old.items()}
+        return await self._jobs.move_copies(record.job, dict.fromkeys(old, CopyEvent.OUTDATED), changes)
+
+    async def send(self, record: JobRecord, due: Sequence[DestinationName]) -> JobRecord:
+        """
+        Read the job's disks once and send them to every destination of *due* that can take them now.
+
+        Raises what stands against reading (`DiskBusy`, `OverlayChanged`, `Refused`); what stands against one
+        destination becomes that copy's own failure.
+        """
+        for name in due:
+            record = await self._sweep(record, name)
+        ready = [c.destination for c in record.copies if c.destination in due and c.not_before_s <= self._clock()]
+        if not ready:
+            return record
+        with ExitStack() as disks:
+            gathered = await self._workers.blocking(partial(gather, record, self._spool, self._host, disks))
+            if record.first_read and record.first_read != gathered.first_read:
+                raise OverlayChanged(f"job {record.job}: its disks changed between two reads")
+            if record.first_read != gathered.first_read or record.not_captured != gathered.not_captured:
+                record = await self._jobs.update(
+                    record.job, first_read=gathered.first_read, not_captured=gathered.not_captured
+                )
+            record, outlets = await self._begin(record, ready)
+            if not outlets:
+                return record
+            started_s = time.monotonic()
+            outcomes = await fan_out(gathered.contents, outlets, self._limits)
+            self._metrics.read_bytes.inc(gathered.contents.read_bytes)
+            self._metrics.stage_duration.labels(stage="send").observe(time.monotonic() - started_s)
+            contents = gathered.contents
+        if any(isinstance(outcome, Sent) for outcome in outcomes.values()):
+            record = await self._jobs.update(
+                record.job,
+                unreadable=record.unreadable or bool(contents.unreadable),
+                member_digests={name: digest.sha256 for name, digest in contents.digests.items()},
+            )
+        record = await self._settle(record, outcomes, elapsed_s=time.monotonic() - started_s)
+        changed = next((o for o in outcomes.values() if isinstance(o, OverlayChanged)), None)
+        if changed is not None:
+            raise changed
+        return record
+
+    async def prove(self, record: JobRecord) -> JobRecord:
+        """Prove every copy that was sent, and delete what proven copies left behind in their stores."""
+        for copy in record.copies:
+            if copy.state is CopyState.SENT and copy.not_before_s <= self._clock():
+                record = await self._prove_one(record, copy)
+        for copy in record.copies:
+            if copy.state is CopyState.VERIFIED and copy.obsolete and copy.not_before_s <= self._clock():
+                record = await self._sweep(record, copy.destination)
+        return record
+
+    # ---- before the read --------------------------------------------------------------------------------
+
+    async def _sweep(self, record: JobRecord, name: DestinationName) -> JobRecord:
+        """Ask the store if it can take or give, and delete this copy's obsolete attempts there."""
+        copy = _copy(record, name)
+        try:
+            await self._stores[name].check()
+            for attempt in copy.obsolete:
+                await self._stores[name].delete(attempt)
+        except AutobackupError as exc:
+            return await self._copy_failed(record, name, exc, event=None)
+        if copy.obsolete:
+            record = await self._change_copy(record, name, obsolete=())
+        return record
+
+    async def _begin(self, record: JobRecord, ready: Sequence[DestinationName]) -> tuple[JobRecord, list[Outlet]]:
+        """Draw keys, journal the attempts, and only then make the outlets."""
+        drawn: dict[DestinationName, tuple[AttemptRecord, DataKey]] = {}
+        for name in ready:
+            try:
+                key = await self._keys[name].draw()
+            except AutobackupError as exc:
+                record = await self._copy_failed(record, name, exc, event=None)
+                continue
+            attempt = AttemptRecord(
+                attempt=AttemptId(str(uuid.uuid4())),
+                started_at_s=self._clock(),
+                digest_algorithm=self._stores[name].digest_algorithm,
+            )
+            drawn[name] = (attempt, key)
+        if not drawn:
+            return record, []
+        record = await self._jobs.move_copies(
+            record.job,
+            dict.fromkeys(drawn, CopyEvent.STARTED),
+            {name: {"attempt": attempt} for name, (attempt, _) in drawn.items()},
+        )
+        return record, [self._outlet(record, name, attempt, key) for name, (attempt, key) in drawn.items()]
+
+    def _outlet(self, record: JobRecord, name: DestinationName, attempt: AttemptRecord, key: DataKey) -> Outlet:
+        header = self._header(record, name, attempt, key)
+        return Outlet(
+            destination=name,
+            header=container_header.encode(header),
+            key=key.key,
+            salt=secrets.token_bytes(SALT_BYTES),
+            nonce_prefix=secrets.token_bytes(NONCE_PREFIX_BYTES),
+            digest_algorithm=attempt.digest_algorithm,
+            send=partial(self._put, name, attempt.attempt, _properties(record, header)),
+        )
+
+    def _header(self, record: JobRecord, name: DestinationName, attempt: AttemptRecord, key: DataKey) -> Header:
+        created_at_s = int(attempt.started_at_s)
+        retention_s = self._destinations[name].retention_s
+        return Header(
+            job=record.job,
+            attempt=attempt.attempt,
+            instance=record.instance,
+            destination=name,
+            created_at_s=created_at_s,
+            expires_at_s=None if retention_s is None else created_at_s + int(retention_s),
+            key=key.header_words,
+            parent=None,
+        )
+
+    async def _put(self, name: DestinationName, attempt: AttemptId, properties: Mapping[str, str], tap: Tap) -> None:
+        await self._stores[name].put(attempt, tap, properties=properties)
+
+    # ---- after it ---------------------------------------------------------------------------------------
+
+    async def _settle(
+        self, record: JobRecord, outcomes: Mapping[DestinationName, Sent | AutobackupError], *, elapsed_s: float
+    ) -> JobRecord:
+        for name, outcome in outcomes.items():
+            words: dict[str, Any] = {"outcome": "sent", "error": ""}
+            if isinstance(outcome, Sent):
+                attempt = _copy(record, name).attempt
+                assert attempt is not None
+                attempt = replace(attempt, size_bytes=outcome.size_bytes, digest=outcome.digest)
+                record = await self._jobs.move_copies(record.job, {name: CopyEvent.SENT}, {name: {"attempt": attempt}})
+                self._metrics.sealed_bytes.labels(destination=name).inc(outcome.size_bytes)
+                words["sent_bytes"] = outcome.size_bytes
+            else:
+                words = {"outcome": type(outcome).__name__, "error": str(outcome)}
+                event = CopyEvent.GAVE_UP if isinstance(outcome, StoreRefused) else CopyEvent.INTERRUPTED
+                record = await self._copy_failed(record, name, outcome, event=event)
+            self._metrics.stage_attempts.labels(stage="send", outcome=words["outcome"]).inc()
+            _log.info("send.attempt", job=record.job, instance=record.instance, destination=name,
+                      elapsed_s=round(elapsed_s, 3), **words)  # fmt: skip
+        return record
+
+    async def _prove_one(self, record: JobRecord, copy: CopyRecord) -> JobRecord:
+        name, sent = copy.destination, copy.attempt
+        assert sent is not None
+        outcome, error, started_s = "cancelled", "", time.monotonic()
+        try:
+            await prove_copy(
+                store=self._stores[name], keys=self._keys[name], job=record.job, sent=sent,
+                readback=self._destinations[name].verify == "readback", workers=self._workers,
+            )  # fmt: skip
+            outcome = "proven"
+            self._metrics.last_success.labels(destination=name).set(self._clock())
+            return await self._jobs.move_copies(
+                record.job,
+                {name: CopyEvent.PROVEN},
+                {name: {"verified_at_s": self._clock(), "failure_count": 0, "last_error": ""}},
+            )
+        except Transient as exc:
+            outcome, error = type(exc).__name__, str(exc)
+            return await self._copy_failed(record, name, exc, event=None)  # what was sent stays sent
+        except AutobackupError as exc:
+            outcome, error = type(exc).__name__, str(exc)
+            worth_sending = isinstance(exc, Damaged | StoreRefused) and copy.failure_count + 1 < _NOT_PROVEN_PARKS
+            event = CopyEvent.NOT_PROVEN if worth_sending else CopyEvent.GAVE_UP
+            return await self._copy_failed(record, name, exc, event=event)
+        finally:
+            self._metrics.stage_attempts.labels(stage="verify", outcome=outcome).inc()
+            _log.info("verify.attempt", job=record.job, instance=record.instance, destination=name, outcome=outcome,
+                      error=error, elapsed_s=round(time.monotonic() - started_s, 3))  # fmt: skip
+
+    async def _copy_failed(
+        self, record: JobRecord, name: DestinationName, error: AutobackupError, *, event: CopyEvent | None
+    ) -> JobRecord:
+        """Journal a failure of one copy: its own back-off, its own count, its obsolete attempt."""
+        copy = _copy(record, name)
+        count = copy.failure_count + 1
+        delay_s = retry_delay_s(
+            count,
+            first_s=self._retry.first_s,
+            longest_s=self._retry.longest_s,
+            spread=random.random(),  # noqa: S311
+        )
+        changes: dict[str, Any] = {
+            "failure_count": count,
+            "not_before_s": self._clock() + delay_s,
+            "last_error": f"{name}: {error}",
+        }
+        if event is None:
+            return await self._change_copy(record, name, **changes)
+        return await self._jobs.move_copies(record.job, {name: event}, {name: changes | _obsolete(copy)})
+
+    async def _change_copy(self, record: JobRecord, name: DestinationName, **changes: Any) -> JobRecord:
+        copies = tuple(replace(c, **changes) if c.destination == name else c for c in record.copies)
+        return await self._jobs.update(record.job, copies=copies)
+
+
+def _copy(record: JobRecord, name: DestinationName) -> CopyRecord:
+    return next(copy for copy in record.copies if copy.destination == name)
+
+
+def _obsolete(copy: CopyRecord) -> dict[str, Any]:
+    """An attempt that will not be used is deleted from its store sooner or later, and named until it is."""
+    gone = (copy.attempt.attempt,) if copy.attempt is not None else ()
+    return {"attempt": None, "obsolete": (*copy.obsolete, *gone)}
+
+
+def _properties(record: JobRecord, header: Header) -> dict[str, str]:
+    """What the store shows beside the sealed bundle. For people and lists; whoever decides reads the header."""
+    return {
+        "autobackup_format": _FORMAT,
+        "autobackup_job": record.job,
+        "autobackup_instance": record.instance,
+        "autobackup_instance_name": record.source.name,
+        "autobackup_destination": header.destination,
+        "autobackup_created_at": str(header.created_at_s),
+        "autobackup_expires_at": "" if header.expires_at_s is None else str(header.expires_at_s),
+    }

@@ -1,0 +1,124 @@
+"""
+Proof that a store holds what was sent: asked of the store, opened with a key that was fetched anew.
+
+`fast`: the size and the digest by the store's own word, the header byte for byte, the first and the last segment
+opened (the last one shows that nothing is cut or added). `readback`: all of it read, opened, unpacked and compared
+with the digests inside.
+
+Invariant 4: nothing here trusts what the sender remembers of having sent, except as what to compare with.
+"""
+
+import hashlib
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Final
+
+from autobackup.container.header import HEADER_BYTES, Header, decode
+from autobackup.container.seal import STREAM_HEADER_BYTES
+from autobackup.container.unseal import Opener, segment_count, segment_span
+from autobackup.errors import ContainerDamaged
+from autobackup.flows.unpack import Nowhere, Sink, Unpacked, Unpacker
+from autobackup.flows.workers import Workers
+from autobackup.model import AttemptId, AttemptRecord, JobId
+from autobackup.stores import KeySource, Store
+from autobackup.units import MiB
+
+_READ_BYTES: Final = 4 * MiB  # one call to the store; a hop to a thread costs as much as 50 KiB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SealedObject:
+    """One object in a store, its header read and its key fetched."""
+
+    store: Store
+    attempt: AttemptId
+    size_bytes: int
+    header: Header
+    header_bytes: bytes
+    key: bytes = field(repr=False)
+
+    async def stream(self, progress: Callable[[int], None] = lambda _count: None) -> AsyncIterator[bytes]:
+        """Everything after the header, in order; *progress* is told how many bytes came."""
+        at = HEADER_BYTES
+        while at < self.size_bytes:
+            piece = await self.store.read(self.attempt, offset=at, length=min(_READ_BYTES, self.size_bytes - at))
+            if not piece:
+                raise ContainerDamaged(f"{self.attempt}: ends at {at}, the store said {self.size_bytes}")
+            at += len(piece)
+            progress(len(piece))
+            yield piece
+
+
+async def open_sealed(store: Store, keys: KeySource, attempt: AttemptId) -> SealedObject:
+    """Read the header of *attempt* and fetch its key. The header is not authenticated yet: a segment must open."""
+    stored = await store.stat(attempt)
+    header_bytes = await store.read(attempt, offset=0, length=HEADER_BYTES)
+    header = decode(header_bytes)
+    key = await keys.fetch(header.key)
+    return SealedObject(
+        store=store, attempt=attempt, size_bytes=stored.size_bytes, header=header, header_bytes=header_bytes, key=key
+    )
+
+
+async def prove_copy(
+    *, store: Store, keys: KeySource, job: JobId, sent: AttemptRecord, readback: bool, workers: Workers
+) -> None:
+    """Return if *store* holds attempt *sent* of *job*, whole; raise what is wrong otherwise."""
+    stored = await store.stat(sent.attempt)
+    if stored.size_bytes != sent.size_bytes:
+        raise ContainerDamaged(
+            f"{sent.attempt}: the store holds {stored.size_bytes} bytes, {sent.size_bytes} were sent"
+        )
+    sealed = await open_sealed(store, keys, sent.attempt)
+    if (sealed.header.job, sealed.header.attempt) != (job, sent.attempt):
+        raise ContainerDamaged(f"{sent.attempt}: its header is that of attempt {sealed.header.attempt}")
+    if readback:
+        digest = hashlib.new(sent.digest_algorithm, sealed.header_bytes)
+        await read_back(sealed, workers, digest=digest)
+        held = digest.hexdigest()
+    else:
+        await _open_ends(sealed, workers)
+        held = await store.digest(sent.attempt)
+    if held != sent.digest:
+        raise ContainerDamaged(f"{sent.attempt}: the store's {sent.digest_algorithm} is not that of what was sent")
+
+
+async def read_back(
+    sealed: SealedObject,
+    workers: Workers,
+    *,
+    sink: Sink | None = None,
+    digest: "hashlib._Hash | None" = None,
+    progress: Callable[[int], None] = lambda _count: None,
+) -> Unpacked:
+    """
+    Read, open and unpack all of *sealed* into *sink* (nowhere, if not given); returns once it proved to be whole.
+
+    *digest* is updated with every byte of the stream; *progress* is told how many bytes came.
+    """
+    unpacker = Unpacker(header_bytes=sealed.header_bytes, key=sealed.key, sink=sink or Nowhere())
+
+    def take(piece: bytes) -> None:
+        if digest is not None:
+            digest.update(piece)
+        unpacker.push(piece)
+
+    async for piece in sealed.stream(progress):
+        await workers.heavy(partial(take, piece))
+    return await workers.heavy(unpacker.finish)
+
+
+async def _open_ends(sealed: SealedObject, workers: Workers) -> None:
+    """Open the first and the last segment: the key is the right one, the header unedited, the end the end."""
+    stream_bytes = sealed.size_bytes - HEADER_BYTES
+    last_index = segment_count(stream_bytes) - 1
+    opener: Opener | None = None
+    for index in dict.fromkeys((0, last_index)):
+        offset, length = segment_span(index, stream_bytes)
+        segment = await sealed.store.read(sealed.attempt, offset=HEADER_BYTES + offset, length=length)
+        if opener is None:
+            opener = Opener(
+                key=sealed.key, associated_data=sealed.header_bytes, stream_header=segment[:STREAM_HEADER_BYTES]
+            )
+        await workers.heavy(partial(opener.open_segment, index, segment, last=index == last_index))

