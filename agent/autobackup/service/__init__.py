@@ -1,0 +1,1 @@
+"""The faces: the service itself, its HTTP socket, its command line."""

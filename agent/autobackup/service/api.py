@@ -1,0 +1,194 @@
+"""
+The local HTTP socket: health, queue, metrics, and the two orders that an operator may give a job.
+
+    GET  /healthz                       200 while the loop turns; says what is degraded
+    GET  /readyz                        200 once claims are held and libvirt answered, 503 before
+    GET  /metrics                       Prometheus text
+    GET  /v1/status                     one object for the CLI
+    GET  /v1/queue                      jobs, and candidates that are not decided yet
+    POST /v1/queue/{job}/retry          try again now
+    POST /v1/queue/{job}/discard        let the last state go; needs {"confirm": "<job>"}
+
+Access is the socket's mode: root, and the group that the configuration names. Errors are {"error": "..."}.
+"""
+
+import asyncio
+import grp
+import os
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Any, Final, Protocol
+
+from aiohttp import web
+
+from autobackup.errors import ConfigError, Refused, Transient
+from autobackup.flows.jobs import Jobs
+from autobackup.metrics import Metrics
+from autobackup.model import JobId, JobRecord
+
+_SHUTDOWN_S: Final = 2.0
+
+
+class Health(Protocol):
+    """What the API asks of the rest."""
+
+    def degraded(self) -> list[str]: ...
+
+    def is_ready(self) -> bool: ...
+
+    def undecided(self) -> list[dict[str, object]]: ...
+
+    def status(self) -> dict[str, object]: ...
+
+
+class Api:
+    """Serves one unix socket. Build it, then `run`."""
+
+    def __init__(
+        self, *, path: str, group: str, jobs: Jobs, metrics: Metrics, health: Health, on_order: Callable[[], None]
+    ) -> None:
+        self._path = path
+        self._group = group
+        self._jobs = jobs
+        self._metrics = metrics
+        self._health = health
+        self._on_order = on_order
+
+    async def run(self) -> None:
+        """Serve until cancelled; the socket is gone afterwards."""
+        app = web.Application(middlewares=[_errors])
+        app.add_routes([
+            web.get("/healthz", self._healthz),
+            web.get("/readyz", self._readyz),
+            web.get("/metrics", self._metrics_text),
+            web.get("/v1/status", self._status),
+            web.get("/v1/queue", self._queue),
+            web.post("/v1/queue/{job}/retry", self._retry),
+            web.post("/v1/queue/{job}/discard", self._discard),
+        ])  # fmt: skip
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=_SHUTDOWN_S)
+        await runner.setup()
+        try:
+            with open_socket(self._path, self._group) as listening:
+                await web.SockSite(runner, listening).start()
+                await asyncio.Event().wait()
+        finally:
+            await runner.cleanup()
+            with suppress(FileNotFoundError):
+                os.unlink(self._path)
+
+    async def _healthz(self, _request: web.Request) -> web.Response:
+        degraded = self._health.degraded()
+        return web.json_response({"status": "degraded" if degraded else "ok", "degraded": degraded})
+
+    async def _readyz(self, _request: web.Request) -> web.Response:
+        ready = self._health.is_ready()
+        return web.json_response({"ready": ready}, status=200 if ready else 503)
+
+    async def _metrics_text(self, _request: web.Request) -> web.Response:
+        return web.Response(body=self._metrics.render(), headers={"Content-Type": "text/plain; version=0.0.4"})
+
+    async def _status(self, _request: web.Request) -> web.Response:
+        return web.json_response(self._health.status())
+
+    async def _queue(self, _request: web.Request) -> web.Response:
+        now_s = time.time()
+        return web.json_response({
+            "jobs": [queue_entry(record, now_s) for record in self._jobs.all()],
+            "undecided": self._health.undecided(),
+        })  # fmt: skip
+
+    async def _retry(self, request: web.Request) -> web.Response:
+        record = await self._jobs.order_retry(JobId(request.match_info["job"]))
+        self._on_order()
+        return web.json_response(queue_entry(record, time.time()))
+
+    async def _discard(self, request: web.Request) -> web.Response:
+        job = request.match_info["job"]
+        body: Any = await request.json() if request.can_read_body else {}
+        if not isinstance(body, dict) or body.get("confirm") != job:
+            raise Refused(f'a discard must carry {{"confirm": "{job}"}}: it lets the last state of the instance go')
+        record = await self._jobs.order_discard(JobId(job))
+        self._on_order()
+        return web.json_response(queue_entry(record, time.time()))
+
+
+def queue_entry(record: JobRecord, now_s: float) -> dict[str, object]:
+    """One job as operators see it."""
+    return {
+        "job": record.job,
+        "instance": record.instance,
+        "name": record.source.name,
+        "state": record.state,
+        "age_s": round(now_s - record.created_at_s, 1),
+        "next_try_in_s": max(0.0, round(record.not_before_s - now_s, 1)),
+        "failures": record.failure_count,
+        "last_error": record.last_error,
+        "copies": [
+            {
+                "destination": copy.destination,
+                "state": copy.state,
+                "failures": copy.failure_count,
+                "last_error": copy.last_error,
+                "attempt": copy.attempt.attempt if copy.attempt else None,
+            }
+            for copy in record.copies
+        ],
+    }
+
+
+def open_socket(path: str, group: str) -> socket.socket:
+    """A listening unix socket, 0600, or 0660 for *group*. A stale one is replaced; a live one is a `ConfigError`."""
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        _remove_stale(path)
+        old_mask = os.umask(0o177)
+        try:
+            listening.bind(path)
+        finally:
+            os.umask(old_mask)
+        if group:
+            os.chown(path, -1, grp.getgrnam(group).gr_gid)
+            os.chmod(path, 0o660)
+        listening.listen(64)
+        listening.setblocking(False)
+    except (OSError, KeyError) as exc:
+        listening.close()
+        raise ConfigError(
+            f"api.socket {path}: {exc}; its folder must exist and be writable, its group be known"
+        ) from exc
+    except BaseException:
+        listening.close()
+        raise
+    return listening
+
+
+def _remove_stale(path: str) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(path)
+        except FileNotFoundError:
+            return
+        except (ConnectionRefusedError, TimeoutError):
+            os.unlink(path)
+            return
+    raise ConfigError(f"api.socket {path}: another agent listens there")
+
+
+@web.middleware
+async def _errors(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except Refused as exc:
+        return web.json_response({"error": str(exc)}, status=409)
+    except Transient as exc:
+        return web.json_response({"error": str(exc)}, status=503)
+    except ValueError as exc:
+        return web.json_response({"error": f"the body is not JSON: {exc}"}, status=400)
+    except web.HTTPException as exc:
+        return web.json_response({"error": exc.reason}, status=exc.status)

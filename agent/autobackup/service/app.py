@@ -1,0 +1,257 @@
+"""
+Builds every object once, checks what must be true before a claim is made, and runs the parts.
+
+The order of the start is the order of safety: configuration, keys and stores in words; the spool, locked; the jobs
+in it; the watch and its first scan; then libvirt. Claims are held before anything is decided.
+"""
+
+import argparse
+import asyncio
+import os
+import platform
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from autobackup import logs
+from autobackup.config import DEFAULT_PATH, Config, load
+from autobackup.errors import AutobackupError, ConfigError, Transient
+from autobackup.flows.backup import Backup
+from autobackup.flows.capture import Capture
+from autobackup.flows.fanout import FanoutLimits
+from autobackup.flows.jobs import Jobs
+from autobackup.flows.learn import Learn
+from autobackup.flows.runner import Runner
+from autobackup.flows.send import Send
+from autobackup.flows.workers import Workers
+from autobackup.host.libvirt_events import LibvirtLink
+from autobackup.host.scrub import load_methods, method_named
+from autobackup.host.spool import Spool
+from autobackup.host.watch import Watch
+from autobackup.metrics import Metrics
+from autobackup.model import DestinationName, JobRecord
+from autobackup.service import supervisor
+from autobackup.service.api import Api
+from autobackup.service.systemd import Notify
+from autobackup.stores import open_keys, open_store
+
+EXIT_CONFIG: Final = 2
+_HOUSEKEEPING_S: Final = 60.0
+_MACHINE_ID: Final = "/etc/machine-id"
+
+_log = logs.get("service.app")
+
+
+class Agent:
+    """The agent of one host. *observe* sees every journaled job record (a seam for crash tests)."""
+
+    def __init__(self, config: Config, *, observe: Callable[[JobRecord], None] = lambda _record: None) -> None:
+        self._config = config
+        self._notify = Notify()
+        self._stop = asyncio.Event()
+        self._failure: BaseException | None = None
+        self.metrics = Metrics()
+        self.workers = Workers(cpu_tokens=config.sealing.cpu_tokens)
+        self.spool = Spool(
+            instances_path=str(config.instances_path),
+            path=str(config.spool_path),
+            filesystems=config.capture.filesystems,
+            host_id=host_id(),
+            reserve_bytes=config.reserve_bytes,
+        )
+        self.jobs = Jobs(spool=self.spool, metrics=self.metrics, observe=observe)
+        self.learn = Learn(claims=self.spool.claims, spool=self.spool, jobs=self.jobs, workers=self.workers)
+        destinations = {DestinationName(d.name): d for d in config.destination}
+        send = Send(
+            jobs=self.jobs,
+            spool=self.spool,
+            stores={name: open_store(d) for name, d in destinations.items()},
+            keys={name: open_keys(d) for name, d in destinations.items()},
+            destinations=destinations,
+            limits=FanoutLimits(
+                cpu_tokens=self.workers.cpu_tokens,
+                zstd_level=config.sealing.zstd_level,
+                compress_threads=config.sealing.compress_threads,
+                detach_after_s=config.sealing.detach_after_s,
+            ),
+            retry=config.retry,
+            workers=self.workers,
+            metrics=self.metrics,
+            host=platform.node(),
+        )
+        backup = Backup(
+            jobs=self.jobs,
+            spool=self.spool,
+            send=send,
+            scrub_methods=load_methods(),
+            retry=config.retry,
+            workers=self.workers,
+            metrics=self.metrics,
+            on_finished=self.learn.release_bases,
+        )
+        self.runner = Runner(jobs=self.jobs, backup=backup, parallel_jobs=config.sealing.parallel_jobs)
+        self.link = LibvirtLink(
+            uri=config.libvirt.uri,
+            call_timeout_s=config.libvirt.call_timeout_s,
+            keepalive_interval_s=config.libvirt.keepalive_interval_s,
+            reconnect_longest_s=config.libvirt.reconnect_longest_s,
+            metrics=self.metrics,
+            on_event=lambda event: self.capture.on_domain_event(event),
+            on_connected=lambda: self.watch.ask_scan(),
+        )
+        self.capture = Capture(
+            claims=self.spool.claims,
+            spool=self.spool,
+            link=self.link,
+            jobs=self.jobs,
+            learn=self.learn,
+            rules=config.rule,
+            settings=config.capture,
+            verdict_despite_nova=config.verdict_despite_nova,
+            workers=self.workers,
+            metrics=self.metrics,
+            claim_now=lambda folder, source: self.watch.claim_now(folder, source),
+            on_queued=self.runner.wake,
+        )
+        self.watch = Watch(
+            claims=self.spool.claims,
+            instances_path=str(config.instances_path),
+            scan_interval_s=config.capture.scan_interval_s,
+            metrics=self.metrics,
+            on_change=self.capture.note,
+            on_failure=self._watch_failed,
+        )
+        self.api = Api(
+            path=str(config.api.socket), group=config.api.group, jobs=self.jobs, metrics=self.metrics, health=self,
+            on_order=self.runner.wake,
+        )  # fmt: skip
+
+    async def run(self) -> None:
+        """Until a signal. Raises `ConfigError` where the machine is not as the configuration says."""
+        # a broken lease sends SIGIO, whose default is to kill the process
+        signal.signal(signal.SIGIO, signal.SIG_IGN)
+        await check(self._config)
+        self.spool.open()
+        try:
+            self.spool.claims.load()
+            self.jobs.load()
+            self.learn.load()
+            self.watch.start()
+            claims = self.spool.claims.count()
+            self.metrics.claims.set(claims)
+            self._notify.ready(f"holding {claims} disks, {len(self.jobs.all())} jobs")
+            _log.info("agent.started", claims=claims, jobs=len(self.jobs.all()), spool=self.spool.path)
+            await supervisor.run(
+                {
+                    "api": self.api.run,
+                    "watchdog": self._notify.feed,
+                    "housekeeping": self._keep_house,
+                    "runner": self.runner.run,
+                    "capture": self.capture.run,
+                    "libvirt": self.link.run,
+                },
+                stop=self._stop,
+            )
+        finally:
+            self._notify.stopping()
+            self.watch.stop()
+            self.workers.close()
+            self.spool.close()
+        if self._failure is not None:
+            raise self._failure
+        _log.info("agent.stopped")
+
+    # ---- service.api.Health -----------------------------------------------------------------------------
+
+    def degraded(self) -> list[str]:
+        words = [] if self.link.is_connected else [f"libvirt does not answer at {self._config.libvirt.uri}"]
+        parked = sum(record.state == "parked" for record in self.jobs.all())
+        return words + ([f"{parked} parked jobs wait for an operator: autobackup queue"] if parked else [])
+
+    def is_ready(self) -> bool:
+        return self.link.is_connected
+
+    def undecided(self) -> list[dict[str, object]]:
+        return self.capture.undecided()
+
+    def status(self) -> dict[str, object]:
+        states = [str(record.state) for record in self.jobs.all()]
+        return {
+            "host": platform.node(),
+            "spool": self.spool.path,
+            "libvirt": "connected" if self.link.is_connected else "unreachable",
+            "claims": self.spool.claims.count(),
+            "jobs": {state: states.count(state) for state in sorted(set(states))},
+            "undecided": len(self.capture.undecided()),
+            "degraded": self.degraded(),
+        }
+
+    # ---- inside -----------------------------------------------------------------------------------------
+
+    async def _keep_house(self) -> None:
+        while True:
+            await asyncio.sleep(_HOUSEKEEPING_S)
+            await self.workers.blocking(self.spool.keep_reserve)
+
+    def _watch_failed(self, failure: BaseException) -> None:
+        """In the watch's thread: without it disks are missed, so the process ends and is started anew."""
+        self._failure = failure
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+async def check(config: Config) -> None:
+    """Raise `ConfigError` for what the text alone could not show: Nova's presence, methods, key files."""
+    if config.verdict == "libvirt" and not config.verdict_despite_nova and config.nova_conf.exists():
+        raise ConfigError(
+            f"verdict = \"libvirt\": {config.nova_conf} exists, so this host is Nova's, and libvirt's word cannot tell "
+            f"a termination from a rebuild or a shelve; set verdict_despite_nova = true only on a test host"
+        )
+    methods = load_methods()
+    for rule in config.rule:
+        try:
+            method_named(rule.scrub, methods)
+        except ConfigError as exc:
+            raise ConfigError(f"rule {rule.name!r}: {exc}") from None
+    for destination in config.destination:
+        keys = open_keys(destination)
+        try:
+            words = (await keys.draw()).header_words
+            await keys.fetch(words)
+        except AutobackupError as exc:
+            raise ConfigError(f"destination {destination.name!r}: {exc}") from exc
+        try:
+            await open_store(destination).check()
+        except Transient as exc:
+            _log.warning("store.unavailable", destination=destination.name, error=str(exc), consequence="jobs wait")
+
+
+def host_id() -> str:
+    """What tells this host from another on shared storage."""
+    try:
+        return Path(_MACHINE_ID).read_text("ascii").strip() or platform.node()
+    except OSError:
+        return platform.node()
+
+
+def main() -> None:
+    """`autobackup-agent --config FILE`."""
+    parser = argparse.ArgumentParser(
+        prog="autobackup-agent",
+        description="Holds the disks of this host's instances, seals what terminates, proves it, scrubs it.",
+        epilog="Exit status: 0 after a stop signal, 2 for a configuration to mend, 1 for anything else.",
+    )
+    parser.add_argument("--config", type=Path, default=DEFAULT_PATH, metavar="FILE", help="default: %(default)s")
+    arguments = parser.parse_args()
+    logs.configure()
+    try:
+        config = load(arguments.config)
+        asyncio.run(_run(config))
+    except ConfigError as exc:
+        print(f"autobackup-agent: {exc}", file=sys.stderr)  # noqa: T201
+        sys.exit(EXIT_CONFIG)
+
+
+async def _run(config: Config) -> None:
+    await Agent(config).run()

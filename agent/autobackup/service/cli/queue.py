@@ -1,0 +1,119 @@
+"""
+`status` and `queue`: what the running agent says, over its unix socket, and the two orders that it takes.
+"""
+
+import http.client
+import json
+import socket
+from pathlib import Path
+from typing import Any, Final
+
+import click
+
+from autobackup.config import ApiSection, load
+from autobackup.errors import Refused, Transient
+from autobackup.service.cli.output import format_option, show_one, show_rows
+from autobackup.units import format_duration
+
+_ANSWER_S: Final = 10.0
+_socket_option = click.option(
+    "--socket", "path", type=click.Path(path_type=Path), help=f"The agent's socket.  [default: {ApiSection().socket}]"
+)
+_config_option = click.option("--config", type=click.Path(path_type=Path), help="Read the socket's path from here.")
+
+
+@click.command()
+@_socket_option
+@_config_option
+@format_option
+def status(path: Path | None, config: Path | None, fmt: str) -> None:
+    """What the agent holds and does. Exit status 5 if it does not answer."""
+    show_one(_ask(_path(path, config), "GET", "/v1/status"), fmt=fmt)
+
+
+@click.group(invoke_without_command=True)
+@_socket_option
+@_config_option
+@format_option
+@click.pass_context
+def queue(ctx: click.Context, path: Path | None, config: Path | None, fmt: str) -> None:
+    """The jobs of this host, and the instances whose fate is not decided yet."""
+    ctx.obj = _path(path, config)
+    if ctx.invoked_subcommand is not None:
+        return
+    answer = _ask(ctx.obj, "GET", "/v1/queue")
+    if fmt == "json":
+        click.echo(json.dumps(answer, indent=1))
+        return
+    rows = [
+        {
+            **job,
+            "age": format_duration(job["age_s"]),
+            "copies": " ".join(f"{copy['destination']}:{copy['state']}" for copy in job["copies"]),
+        }
+        for job in answer["jobs"]
+    ]
+    rows += [
+        {"job": "-", "instance": one["instance"], "state": "undecided", "age": format_duration(one["age_s"]),
+         "last_error": one["reason"]}
+        for one in answer["undecided"]
+    ]  # fmt: skip
+    columns = ("job", "instance", "name", "state", "age", "copies", "last_error")
+    show_rows(rows, columns=columns, fmt=fmt, empty="No jobs.")
+
+
+@queue.command()
+@click.argument("job")
+@click.pass_obj
+def retry(path: Path, job: str) -> None:
+    """Try JOB again now; a parked one goes back to the queue."""
+    click.echo(f"{job}: {_ask(path, 'POST', f'/v1/queue/{job}/retry')['state']}")
+
+
+@queue.command()
+@click.argument("job")
+@click.option("--confirm", is_flag=True, help="Required: the last state of the instance is let go, unbacked.")
+@click.pass_obj
+def discard(path: Path, job: str, *, confirm: bool) -> None:
+    """Give JOB up: its disks are unlinked without a proven backup. It goes on the receipt."""
+    if not confirm:
+        raise click.UsageError(
+            f"this lets the last state of the instance go; say: autobackup queue discard {job} --confirm"
+        )
+    click.echo(f"{job}: {_ask(path, 'POST', f'/v1/queue/{job}/discard', {'confirm': job})['state']}")
+
+
+COMMANDS = (status, queue)
+
+
+def _path(path: Path | None, config: Path | None) -> Path:
+    if path is not None:
+        return path
+    return load(config).api.socket if config is not None else ApiSection().socket
+
+
+def _ask(path: Path, method: str, target: str, body: object = None) -> Any:
+    connection = _UnixConnection(str(path))
+    try:
+        text = None if body is None else json.dumps(body)
+        connection.request(method, target, body=text, headers={"Content-Type": "application/json"} if text else {})
+        response = connection.getresponse()
+        answer = json.loads(response.read())
+    except (OSError, http.client.HTTPException, ValueError) as exc:
+        raise Transient(f"{path}: the agent does not answer ({exc}); is autobackup-agent running?") from exc
+    finally:
+        connection.close()
+    if response.status >= 400:
+        raise Refused(answer.get("error", f"{method} {target}: {response.status}"))
+    return answer
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=_ANSWER_S)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(_ANSWER_S)
+        self.sock.connect(self._path)
