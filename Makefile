@@ -1,0 +1,66 @@
+# Every target installs what it needs (Debian 12 as root; Python 3.11 or later) and leaves nothing running.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+# What the packages are for: a hypervisor without KVM; building libvirt-python; the tools tests and users compare with.
+PACKAGES := libvirt-daemon-system libvirt-clients qemu-system-x86 qemu-utils seabios \
+            libvirt-dev pkg-config gcc libc6-dev binutils python3-venv python3-dev \
+            util-linux mount e2fsprogs xfsprogs zstd openssl
+BENCH_PACKAGES := age gnupg restic borgbackup coreutils curl time
+
+.PHONY: demo test check lint fmt bench crash clean packages bench-packages
+
+demo: $(STAMP)
+	$(BIN)/python -m tests.demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# The heavy variants of the crash and storm tests; CI runs the bounded ones within `test`.
+crash: $(STAMP)
+	AUTOBACKUP_LONG=1 $(BIN)/python -m pytest tests/crash --timeout 3600 $(PYTEST_ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff format --check agent tests docs
+	$(BIN)/ruff check agent tests docs
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+lint: check
+
+fmt: $(STAMP)
+	$(BIN)/ruff format agent tests docs
+	$(BIN)/ruff check --fix agent tests docs
+
+bench: $(STAMP) bench-packages
+	$(BIN)/python -m tests.bench $(BENCH_ARGS)
+
+clean:
+	rm -rf build $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache agent/*.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+packages:
+	@$(call apt_install,$(PACKAGES))
+
+bench-packages:
+	@$(call apt_install,$(BENCH_PACKAGES))
+
+# The environment is made again when the project's dependencies change.
+$(STAMP): pyproject.toml .ci/constraints.txt | packages
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed; name it with PYTHON=") if sys.version_info < (3, 11) else 0'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt --editable '.[dev]'
+	@touch $@
+
+# apt is asked only for what is missing, so that an installed machine needs no network.
+apt_install = missing=; for package in $(1); do \
+	  dpkg-query -W -f '$${Status}' $$package 2>/dev/null | grep -q 'ok installed' || missing="$$missing $$package"; \
+	done; \
+	if [ -n "$$missing" ]; then \
+	  echo "installing:$$missing"; \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$missing >/dev/null; \
+	fi
