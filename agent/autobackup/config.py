@@ -11,19 +11,28 @@ mounts) is said at start by the room that uses it.
 """
 
 import difflib
+import os
+import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, Literal, get_args, get_origin, get_type_hints
 
-from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from autobackup.errors import ConfigError
 from autobackup.units import GiB, MiB, parse_bytes, parse_duration_s
 
 DEFAULT_PATH: Final = Path("/etc/autobackup/autobackup.toml")
+
+_DESTINATION_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # what the header of a bundle can hold
+_REMEDIES: Final = {
+    "dataclass_type": "must be a table: write [{key}] above its keys",
+    "tuple_type": "must be a list",
+}
+_SOCKET_PATH_BYTES: Final = 107  # sun_path of unix(7), less its NUL
 
 
 def _with_unit(parse: Any) -> BeforeValidator:
@@ -35,8 +44,54 @@ def _with_unit(parse: Any) -> BeforeValidator:
     return BeforeValidator(convert)
 
 
+def _between(least: str, most: str, *, parse: Callable[[str], float] = parse_duration_s) -> AfterValidator:
+    """What makes sense in a file. Code that builds a section by itself is not held to it."""
+
+    def check(value: float) -> float:
+        if not parse(least) <= value <= parse(most):
+            raise ValueError(f"must be {least} to {most}")
+        return value
+
+    return AfterValidator(check)
+
+
+def _absolute(path: Path) -> Path:
+    if not path.is_absolute():
+        raise ValueError(f"{str(path)!r} must be an absolute path: what it is relative to differs from start to start")
+    return path
+
+
+def _socket_path(path: Path) -> Path:
+    if len(os.fsencode(path)) > _SOCKET_PATH_BYTES:
+        raise ValueError(f"a socket's path has at most {_SOCKET_PATH_BYTES} bytes; choose a shorter one")
+    return path
+
+
+def _destination_name(name: str) -> str:
+    if _DESTINATION_NAME.fullmatch(name) is None:
+        raise ValueError(
+            f"{name!r} must be 1 to 64 of A-Z, a-z, 0-9, '.', '_' and '-', beginning with a letter or a digit"
+        )
+    return name
+
+
 Seconds = Annotated[float, _with_unit(parse_duration_s)]
 ByteCount = Annotated[int, _with_unit(parse_bytes)]
+AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
+Pause = Annotated[Seconds, _between("100ms", "1d")]  # 0 would be a busy loop
+Deadline = Annotated[Seconds, _between("1s", "10m")]  # libvirt's keepalive counts whole seconds
+Interval = Annotated[Seconds, _between("1s", "1d")]
+LongInterval = Annotated[Seconds, _between("1s", "30d")]
+Retention = Annotated[Seconds, _between("1s", "36525d")]
+SpoolReserve = Annotated[ByteCount, _between("1MiB", "1GiB", parse=parse_bytes)]
+
+
+class _WrongAt(ValueError):
+    """What only a look at several keys can tell; *at* is the key to mend, below the table that is looked at."""
+
+    def __init__(self, words: str, *, at: tuple[str | int, ...]) -> None:
+        super().__init__(words)
+        self.at = at
 
 
 def _key(name: str) -> str:
@@ -52,9 +107,9 @@ class LibvirtSection:
 
     __pydantic_config__: ClassVar[ConfigDict] = _SECTION
     uri: str = "qemu:///system"
-    call_timeout_s: Seconds = 30.0  # a destroy of any domain blocks every other call: 0.2 to 10 s measured
-    keepalive_interval_s: Seconds = 5.0  # a hung daemon is noticed after 4 intervals
-    reconnect_longest_s: Seconds = 10.0
+    call_timeout_s: Deadline = 30.0  # a destroy of any domain blocks every other call: 0.2 to 10 s measured
+    keepalive_interval_s: Deadline = 5.0  # a hung daemon is noticed after 4 intervals
+    reconnect_longest_s: Deadline = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,12 +117,18 @@ class CaptureSection:
     """How claims are made and when a candidate counts as terminated."""
 
     __pydantic_config__: ClassVar[ConfigDict] = _SECTION
-    quiet_period_s: Seconds = 60.0  # a rebuild looks like a delete until its new folder appears
-    leaked_after_s: Seconds = 3600.0  # a `_del` folder that outlives this was left behind by Nova
-    scan_interval_s: Seconds = 60.0
-    undecided_longest_s: Seconds = 300.0  # longest pause between two looks at an undecided candidate
+    quiet_period_s: Interval = 60.0  # a rebuild looks like a delete until its new folder appears
+    leaked_after_s: LongInterval = 3600.0  # a `_del` folder that outlives this was left behind by Nova
+    scan_interval_s: Interval = 60.0
+    undecided_longest_s: Interval = 300.0  # longest pause between two looks at an undecided candidate
     undefined_is_released: bool = False  # plain libvirt: `virsh undefine` leaves the disk; take it as released
     filesystems: tuple[str, ...] = ("ext4", "xfs")
+
+    def __post_init__(self) -> None:
+        if not self.filesystems:
+            raise _WrongAt("name at least one, or no spool can be opened", at=("filesystems",))
+        if self.leaked_after_s < self.quiet_period_s:
+            raise _WrongAt("must not be shorter than quiet_period", at=("leaked_after",))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,16 +140,15 @@ class SealingSection:
     compress_threads: int = 2
     parallel_jobs: int = 2
     cpu_tokens: int = 0  # heavy C calls at once in the whole process; 0 = one per CPU
-    detach_after_s: Seconds = 3.0  # a destination that blocks the shared read longer gets its own later
+    detach_after_s: Pause = 3.0  # a destination that blocks the shared read longer gets its own later
 
     def __post_init__(self) -> None:
         _ = self.zstd_level
-        if not 1 <= self.compress_threads <= 64:
-            raise ValueError("compress_threads must be 1 to 64")
-        if not 1 <= self.parallel_jobs <= 64:
-            raise ValueError("parallel_jobs must be 1 to 64")
+        for name in ("compress_threads", "parallel_jobs"):
+            if not 1 <= getattr(self, name) <= 64:
+                raise _WrongAt("must be 1 to 64", at=(name,))
         if self.cpu_tokens < 0:
-            raise ValueError("cpu_tokens must be 0 or more")
+            raise _WrongAt("must be 0 or more", at=("cpu_tokens",))
 
     @property
     def zstd_level(self) -> int | None:
@@ -101,7 +161,8 @@ class SealingSection:
         except ValueError:
             number = 99
         if kind != "zstd" or not -50 <= number <= 9:
-            raise ValueError(f'compression {self.compression!r}: write "none" or "zstd:LEVEL" with LEVEL from -50 to 9')
+            words = f'{self.compression!r} is unknown; write "none" or "zstd:LEVEL" with LEVEL from -50 to 9'
+            raise _WrongAt(words, at=("compression",))
         return number
 
 
@@ -110,8 +171,12 @@ class RetrySection:
     """Pauses between tries of a job. They have no end: a transient error is never given up on."""
 
     __pydantic_config__: ClassVar[ConfigDict] = _SECTION
-    first_s: Seconds = 5.0
-    longest_s: Seconds = 900.0
+    first_s: Pause = 5.0
+    longest_s: Pause = 900.0
+
+    def __post_init__(self) -> None:
+        if self.longest_s < self.first_s:
+            raise _WrongAt("must not be shorter than first", at=("longest",))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +184,7 @@ class ApiSection:
     """The local HTTP socket."""
 
     __pydantic_config__: ClassVar[ConfigDict] = _SECTION
-    socket: Path = Path("/run/autobackup/agent.sock")
+    socket: Annotated[AbsolutePath, AfterValidator(_socket_path)] = Path("/run/autobackup/agent.sock")
     group: str = ""  # may read and order retries; empty = root only
 
 
@@ -128,20 +193,16 @@ class Destination:
     """Where a backup goes and on what terms."""
 
     __pydantic_config__: ClassVar[ConfigDict] = _SECTION
-    name: str
+    name: Annotated[str, AfterValidator(_destination_name)]
     store: Literal["directory"]
-    path: Path
+    path: AbsolutePath
     key: Literal["keyfile"]
-    keyfile: Path
-    older_keyfiles: tuple[Path, ...] = ()  # still open what they sealed; nothing new is sealed with them
-    retention_s: Seconds | None = None  # None: kept until somebody deletes it
+    keyfile: AbsolutePath
+    older_keyfiles: tuple[AbsolutePath, ...] = ()  # still open what they sealed; nothing new is sealed with them
+    retention_s: Retention | None = None  # None: kept until somebody deletes it
     verify: Literal["fast", "readback"] = "fast"
     must_be_mount: bool = False  # refuse the folder under a mount point that is not mounted
     reserve_bytes: ByteCount = 1 * GiB  # space that a store must keep free; less is "full"
-
-    def __post_init__(self) -> None:
-        if not self.name or not all(c.isalnum() or c in "-_." for c in self.name):
-            raise ValueError(f"name {self.name!r} must be made of letters, digits, '-', '_' and '.'")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,10 +226,13 @@ class Rule:
     scrub: str = "zero"  # an entry point of the group `autobackup.scrub`
 
     def __post_init__(self) -> None:
+        if not self.name:
+            raise _WrongAt("must not be empty", at=("name",))
         if not self.destinations:
-            raise ValueError(f"rule {self.name!r} names no destination")
-        if len(set(self.destinations)) < len(self.destinations):
-            raise ValueError(f"rule {self.name!r} names a destination twice")
+            raise _WrongAt(f"rule {self.name!r} names no destination; add one", at=("destinations",))
+        for n, name in enumerate(self.destinations):
+            if name in self.destinations[:n]:
+                raise _WrongAt(f"rule {self.name!r} names {name!r} twice; remove one", at=("destinations", n))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,10 +240,10 @@ class Config:
     """All of it."""
 
     __pydantic_config__: ClassVar[ConfigDict] = _SECTION
-    instances_path: Path = Path("/var/lib/nova/instances")
+    instances_path: AbsolutePath = Path("/var/lib/nova/instances")
     verdict: Literal["libvirt"] = "libvirt"
     verdict_despite_nova: bool = False  # `libvirt` where nova.conf or Nova's domain metadata is found
-    nova_conf: Path = Path("/etc/nova/nova.conf")
+    nova_conf: AbsolutePath = Path("/etc/nova/nova.conf")
     libvirt: LibvirtSection = field(default_factory=LibvirtSection)
     capture: CaptureSection = field(default_factory=CaptureSection)
     sealing: SealingSection = field(default_factory=SealingSection)
@@ -187,21 +251,22 @@ class Config:
     api: ApiSection = field(default_factory=ApiSection)
     destination: tuple[Destination, ...] = ()
     rule: tuple[Rule, ...] = ()
-    reserve_bytes: ByteCount = 4 * MiB  # kept in the spool, given up when its filesystem is full
+    reserve_bytes: SpoolReserve = 4 * MiB  # kept in the spool, given up when its filesystem is full
 
     def __post_init__(self) -> None:
         names = [d.name for d in self.destination]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"two destinations are named {name!r}")
-        for rule in self.rule:
-            for wanted in rule.destinations:
+        for kind, given in (("destination", names), ("rule", [r.name for r in self.rule])):
+            for n, name in enumerate(given):
+                if name in given[:n]:
+                    raise _WrongAt(f"two are named {name!r}; rename one", at=(kind, n, "name"))
+        for n, rule in enumerate(self.rule):
+            for m, wanted in enumerate(rule.destinations):
                 if wanted not in names:
-                    near = difflib.get_close_matches(wanted, names, n=1)
-                    hint = f"; did you mean {near[0]!r}?" if near else ""
-                    raise ValueError(f"rule {rule.name!r} names the destination {wanted!r}, which is not defined{hint}")
-        if not self.instances_path.is_absolute():
-            raise ValueError(f"instances_path {str(self.instances_path)!r} must be absolute")
+                    raise _WrongAt(
+                        f"rule {rule.name!r} names the destination {wanted!r}, which is not defined; "
+                        + _nearest(wanted, names, none="there is no [[destination]]"),
+                        at=("rule", n, "destinations", m),
+                    )
 
     @property
     def spool_path(self) -> Path:
@@ -213,7 +278,7 @@ def load(path: Path) -> Config:
     """Read *path* and its `conf.d`. Raises `ConfigError` with every mistake found, one a line."""
     merged: dict[str, Any] = {}
     origin: dict[tuple[str | int, ...], Path] = {}
-    for file in [path, *sorted((path.parent / "conf.d").glob("*.toml"))]:
+    for file in [path, *_drop_ins(path.parent / "conf.d")]:
         _merge(merged, _parse(file), file=file, origin=origin, at=())
     try:
         return TypeAdapter(Config).validate_python(merged)
@@ -222,11 +287,22 @@ def load(path: Path) -> Config:
         raise ConfigError("\n".join(lines)) from None
 
 
+def _drop_ins(folder: Path) -> list[Path]:
+    """Listed, not globbed: a glob calls a folder that cannot be read empty."""
+    try:
+        return sorted(file for file in folder.iterdir() if file.suffix == ".toml" and not file.name.startswith("."))
+    except FileNotFoundError:
+        return []
+    except OSError as exc:
+        raise ConfigError(f"{folder}: {exc.strerror}") from None
+
+
 def _parse(file: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(file.read_text("utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{file}: not found; name the file with --config") from None
+        remedy = "the link leads nowhere; remove it" if file.is_symlink() else "name the file with --config"
+        raise ConfigError(f"{file}: not found; {remedy}") from None
     except OSError as exc:
         raise ConfigError(f"{file}: {exc.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
@@ -243,10 +319,13 @@ def _merge(
 ) -> None:
     for key, value in new.items():
         here = (*at, key)
+        if key in into and _kind(value) != _kind(into[key]):
+            words = f"is {_kind(value)}, but {_kind(into[key])} in {origin[here]}; write it the same way in both"
+            raise ConfigError(f"{file}: '{'.'.join(str(part) for part in here)}' {words}")
         origin.setdefault(here, file)
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
+        if isinstance(value, dict) and key in into:
             _merge(into[key], value, file=file, origin=origin, at=here)
-        elif isinstance(value, list) and isinstance(into.get(key), list) and all(isinstance(v, dict) for v in value):
+        elif isinstance(value, list) and key in into and all(isinstance(v, dict) for v in [*into[key], *value]):
             origin.update({(*here, len(into[key]) + n): file for n in range(len(value))})
             into[key] = [*into[key], *value]
         else:
@@ -258,19 +337,38 @@ def _merge(
                 origin.update({(*here, sub): file for sub in value})
 
 
+def _kind(value: object) -> str:
+    return "a [table]" if isinstance(value, dict) else "a list" if isinstance(value, list) else "a value"
+
+
 def _explain(error: ErrorDetails, origin: Mapping[tuple[str | int, ...], Path], main: Path) -> str:
-    loc = tuple(error["loc"])
+    loc = (*error["loc"], *getattr(error.get("ctx", {}).get("error"), "at", ()))
     file = next((origin[loc[:n]] for n in range(len(loc), 0, -1) if loc[:n] in origin), main)
-    key = "".join(f"[{part + 1}]" if isinstance(part, int) else f".{part}" for part in loc).removeprefix(".")
+    key = _words(loc, file, origin)
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = sorted(_keys_at(loc[:-1]))
-        near = difflib.get_close_matches(str(loc[-1]), known, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else "known here: " + ", ".join(known)
-        return f"{file}: unknown key '{key}'; {hint}"
+        return f"{file}: unknown key '{key}'; {_nearest(str(loc[-1]), sorted(_keys_at(loc[:-1])))}"
     if error["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{file}: '{key}' is missing; add it"
-    message = error["msg"].removeprefix("Value error, ")
-    return f"{file}: {f'{key}: ' if key else ''}{message}"
+    remedy = _REMEDIES.get(error["type"])
+    message = remedy.format(key=key) if remedy else error["msg"].removeprefix("Value error, ")
+    return f"{file}: {key}: {message}"
+
+
+def _words(loc: tuple[str | int, ...], file: Path, origin: Mapping[tuple[str | int, ...], Path]) -> str:
+    """The key as its file has it: entries of `[[rule]]` are counted from 1 in each file."""
+    words = ""
+    for at, part in enumerate(loc):
+        if isinstance(part, int):
+            nth = sum(origin.get((*loc[:at], n)) == file for n in range(part + 1)) or part + 1
+            words += f"[{nth}]"
+        else:
+            words += f".{part}"
+    return words.removeprefix(".")
+
+
+def _nearest(word: str, known: Sequence[str], *, none: str = "") -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(known)}" if known else none
 
 
 def _keys_at(loc: tuple[str | int, ...]) -> Iterator[str]:

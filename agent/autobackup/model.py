@@ -9,7 +9,7 @@ import enum
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NewType, TypeVar
+from typing import ClassVar, Final, NewType, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -21,6 +21,8 @@ AttemptId = NewType("AttemptId", str)  # random UUID; the name of the object in 
 DestinationName = NewType("DestinationName", str)
 
 ROOT_DISK = "disk"
+
+_JOURNALED: Final = ConfigDict(extra="forbid", strict=True)
 
 
 class VerdictKind(enum.StrEnum):
@@ -60,8 +62,13 @@ class CopyState(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskIdentity:
-    """Which inode, and which content. An inode number comes again; with its generation it does not."""
+    """
+    Which inode, and which content. An inode number comes again; with its generation it does not.
 
+    The device's number is only good until the next boot: it is compared with the spool's own, never with a journal's.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _JOURNALED
     device: int
     inode: int
     generation: int | None  # FS_IOC_GETVERSION; None where the filesystem has none (tmpfs, overlayfs)
@@ -69,13 +76,18 @@ class DiskIdentity:
     mtime_ns: int
 
     def same_inode(self, other: "DiskIdentity") -> bool:
-        return (self.device, self.inode, self.generation) == (other.device, other.inode, other.generation)
+        return (self.inode, self.generation) == (other.inode, other.generation)
+
+    def same_content(self, other: "DiskIdentity") -> bool:
+        """The same inode, and nobody has written to it in between."""
+        return self.same_inode(other) and (self.size_bytes, self.mtime_ns) == (other.size_bytes, other.mtime_ns)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChainLink:
     """One backing file, by libvirt's word or, said so in `DiskSource.chain_source`, by the overlay's header."""
 
+    __pydantic_config__: ClassVar[ConfigDict] = _JOURNALED
     path: str
     format: str
 
@@ -84,6 +96,7 @@ class ChainLink:
 class DiskSource:
     """What the hypervisor says of one disk of an instance."""
 
+    __pydantic_config__: ClassVar[ConfigDict] = _JOURNALED
     path: str
     format: str  # `<driver type=>`: never from the content
     chain: tuple[ChainLink, ...] = ()
@@ -94,6 +107,7 @@ class DiskSource:
 class InstanceRecord:
     """What is known of an instance, cached while it lives: after a destroy nobody can tell any more."""
 
+    __pydantic_config__: ClassVar[ConfigDict] = _JOURNALED
     instance: InstanceId
     libvirt_name: str = ""
     display_name: str = ""  # Nova's name of the server, where the domain carries it
@@ -116,6 +130,7 @@ class InstanceRecord:
 class HeldFile:
     """A link that a job owns, by its name in the job's folder, and what it is."""
 
+    __pydantic_config__: ClassVar[ConfigDict] = _JOURNALED
     link: str  # `<uuid>.<disk>.<inode>`, in `jobs/<id>/`
     disk: str  # `disk`, `disk.eph0`, `console.log`, `nvram` …
     source_path: str
@@ -129,6 +144,7 @@ class HeldFile:
 class AttemptRecord:
     """One try to put one job into one destination. Journaled before the store hears of it. No key is in it."""
 
+    __pydantic_config__: ClassVar[ConfigDict] = _JOURNALED
     attempt: AttemptId
     started_at_s: float
     size_bytes: int | None = None  # known when all was sent
@@ -140,6 +156,7 @@ class AttemptRecord:
 class CopyRecord:
     """The copy that one destination is owed."""
 
+    __pydantic_config__: ClassVar[ConfigDict] = _JOURNALED
     destination: DestinationName
     state: CopyState = CopyState.QUEUED
     attempt: AttemptRecord | None = None
@@ -154,6 +171,7 @@ class CopyRecord:
 class JobRecord:
     """One terminated instance on its way to all its destinations."""
 
+    __pydantic_config__: ClassVar[ConfigDict] = _JOURNALED
     job: JobId
     instance: InstanceId
     state: JobState
@@ -182,13 +200,14 @@ class JobRecord:
 
 
 _Record = TypeVar("_Record")
-_STRICT = ConfigDict(extra="forbid")
 _ADAPTERS: dict[type, TypeAdapter[object]] = {}
 
 
 def encode(record: object) -> bytes:
     """One record as indented JSON: an operator reads the spool with `less`."""
-    return json.dumps(_adapter(type(record)).dump_python(record, mode="json"), indent=1).encode() + b"\n"
+    text = json.dumps(_adapter(type(record)).dump_python(record, mode="json"), indent=1, ensure_ascii=False)
+    # half of a surrogate pair (a file name that is not UTF-8) could be written, but would not be read back
+    return text.encode("utf-8", "replace") + b"\n"
 
 
 def decode(kind: type[_Record], data: bytes, *, where: str) -> _Record:

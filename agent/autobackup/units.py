@@ -8,9 +8,10 @@ MiB: Final = 1024 * KiB
 GiB: Final = 1024 * MiB
 TiB: Final = 1024 * GiB
 
-_SIZES: Final = {"": 1, "B": 1, "KiB": KiB, "MiB": MiB, "GiB": GiB, "TiB": TiB}
+_SIZES: Final = {"B": 1, "KiB": KiB, "MiB": MiB, "GiB": GiB, "TiB": TiB}
 _DURATIONS_S: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
-_TERM: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+# so many digits and no more: a float that overflows to infinity is a duration to nobody
+_TERM: Final = re.compile(r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*([A-Za-z]*)\s*", re.ASCII)
 
 
 def parse_bytes(text: str) -> int:
@@ -39,7 +40,7 @@ def format_bytes(count: int) -> str:
     """1572864 -> `"1.5 MiB"`."""
     value, unit = float(count), "B"
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if value < 1024 or unit == "TiB":
+        if round(value, 1) < 1024 or unit == "TiB":
             break
         value /= 1024
     return f"{int(value)} B" if unit == "B" else f"{value:.1f} {unit}"
@@ -48,7 +49,7 @@ def format_bytes(count: int) -> str:
 def format_duration(seconds: float) -> str:
     """5400.2 -> `"1h 30m"`; the two largest units only, as an operator reads an age."""
     if seconds < 1:
-        return f"{seconds * 1000:.0f}ms"
+        return f"{min(seconds * 1000, 999):.0f}ms"
     left, parts = int(seconds), []
     for unit, unit_s in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)):
         if left >= unit_s:

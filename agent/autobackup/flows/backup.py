@@ -12,7 +12,7 @@ import asyncio
 import os
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Final
@@ -56,7 +56,7 @@ class Backup:
         workers: Workers,
         metrics: Metrics,
         clock: Callable[[], float] = time.time,
-        on_finished: Callable[[], None] = lambda: None,
+        on_finished: Callable[[], Awaitable[None]],
     ) -> None:
         self._jobs = jobs
         self._spool = spool
@@ -84,6 +84,7 @@ class Backup:
         """One step. False when there is nothing more to do now."""
         match record.state:
             case JobState.QUEUED:
+                await self._workers.blocking(partial(self._spool.take_over, record))
                 await self._jobs.move(record.job, JobEvent.STARTED)
             case JobState.SENDING:
                 await self._send_and_prove(record)
@@ -97,7 +98,7 @@ class Backup:
                 await self._look_at_kept(record)
             case JobState.DONE:
                 await self._jobs.forget(record.job)
-                self._on_finished()
+                await self._on_finished()
                 return False
             case JobState.PARKED:
                 return False
@@ -209,7 +210,8 @@ class Backup:
     async def _look_at_kept(self, record: JobRecord) -> None:
         for held in record.files:
             await self._workers.blocking(partial(self._unlink_ours, record, held))
-        await self._spool.write_receipt(record.job, receipt(record))
+        if not self._spool.has_receipt(record.job):
+            await self._spool.write_receipt(record.job, receipt(record))
         gone = all(
             named_path(self._spool.instances_path, record.instance, held.disk, held.identity.inode) is None
             for held in record.files

@@ -91,9 +91,13 @@ class Capture:
 
     # ---- triggers: any thread ---------------------------------------------------------------------------
 
-    def note(self, instance: InstanceId) -> None:
-        """Something about *instance* may have changed."""
-        self._in_loop(partial(self._changed, instance))
+    def note_change(self, instance: InstanceId) -> None:
+        """Something about *instance* has changed: look at once, and its quiet period begins anew."""
+        self._in_loop(partial(self._note, instance, is_change=True))
+
+    def note_scan(self, instance: InstanceId) -> None:
+        """A scan came by: look, but nothing has changed."""
+        self._in_loop(partial(self._note, instance, is_change=False))
 
     def on_domain_event(self, event: DomainEvent) -> None:
         """In libvirt's thread: link first, by the conventional path; no call back into libvirt."""
@@ -101,7 +105,7 @@ class Capture:
             self._claim_now(event.instance, "libvirt")
         if event.migrated_away:
             self._in_loop(lambda: self._learn.migrated_away(event.instance))
-        self.note(event.instance)
+        self.note_change(event.instance)
 
     # ---- the loop's side --------------------------------------------------------------------------------
 
@@ -134,10 +138,12 @@ class Capture:
         with contextlib.suppress(RuntimeError):  # the loop has ended; the spool knows all that matters
             self._loop.call_soon_threadsafe(call)
 
-    def _changed(self, instance: InstanceId) -> None:
+    def _note(self, instance: InstanceId, *, is_change: bool) -> None:
         now_s = time.monotonic()
         seen = self._seen.setdefault(instance, _Seen(changed_at_s=now_s, look_at_s=now_s))
-        seen.changed_at_s = seen.look_at_s = now_s
+        seen.look_at_s = now_s
+        if is_change:
+            seen.changed_at_s = now_s
         self._wake.set()
 
     async def _look_safely(self, instance: InstanceId) -> None:
@@ -153,41 +159,46 @@ class Capture:
         )
 
     async def _look(self, instance: InstanceId, seen: _Seen) -> None:
-        claims = self._claims.of(instance)
+        claims = await self._held(instance)
         answer = await self._link.look_up(instance)
         record = await self._learn.from_answer(instance, answer)
         roots = [claim for claim in claims if claim.is_root]
-        if not roots:
-            if answer.domain is Domain.ABSENT:
-                await self._drop(instance, claims, "no root disk is held and the domain is gone")
-            return
+        if not roots and answer.domain is Domain.ABSENT:
+            # files still named belong to an instance that is being built, or whose root disk cannot be linked
+            gone = [claim for claim in claims if self._claims.link_count(claim) == 1]
+            await self._let_go(gone, "no root disk was held, and it is gone")
         waiting: list[Verdict] = []
         for root in roots:
             facts = await self._workers.blocking(partial(self._facts, root, roots, record, answer.domain, seen))
             plan = policy.plan(record, self._rules)
-            if plan is None and facts.link_count == 1 and facts.domain is not Domain.UNKNOWN:
-                await self._release(root, claims, "no rule wants it")
-                continue
             verdict = decide(facts)
-            if verdict.kind is VerdictKind.UNDECIDED:
-                waiting.append(verdict)
-                continue
             if verdict.kind is VerdictKind.ALIVE:
-                continue
-            self._metrics.verdicts.labels(verdict=verdict.kind.value).inc()
-            _log.info(
-                "verdict.reached", instance=instance, inode=root.inode, verdict=verdict.kind, reason=verdict.reason
-            )
-            if verdict.kind is VerdictKind.TERMINATED and plan is not None:
-                await self._queue(record, root, claims, verdict, plan)
+                await self._release_replaced(facts, claims)
+            elif plan is None:
+                if facts.link_count == 1 and facts.domain is not Domain.UNKNOWN:
+                    await self._release(root, claims, "no rule wants it")
+            elif verdict.kind is VerdictKind.UNDECIDED:
+                waiting.append(verdict)
             else:
-                await self._release(root, claims, verdict.reason)
+                await self._settle(root, claims, record, verdict, plan)
         if waiting:
             self._look_again(seen, waiting[0].reason, waiting[0].look_again_s)
         else:
             seen.undecided_since_s, seen.looks = None, 0
-        if not self._claims.of(instance):
-            await self._drop(instance, [], "")
+        if not await self._held(instance):
+            self._seen.pop(instance, None)
+            await self._learn.forget(instance)
+
+    async def _held(self, instance: InstanceId) -> list[Claim]:
+        """The claims of *instance* that no job owns; one that somebody removed from the spool is forgotten."""
+        claims = self._claims.of(instance)
+        for claim in claims:
+            if self._claims.link_count(claim) == 0:
+                _log.error(
+                    "claim.lost", instance=instance, disk=claim.disk, consequence="removed from the spool by hand"
+                )
+                await self._workers.blocking(partial(self._claims.release, claim))
+        return [claim for claim in self._claims.of(instance) if not self._spool.is_held_by_job(claim.inode)]
 
     def _facts(self, root: Claim, roots: Sequence[Claim], record: InstanceRecord, domain: Domain, seen: _Seen) -> Facts:
         places = {claim.inode: self._claims.place(claim) for claim in roots}
@@ -229,6 +240,19 @@ class Capture:
 
     # ---- consequences -----------------------------------------------------------------------------------
 
+    async def _settle(
+        self, root: Claim, claims: Sequence[Claim], record: InstanceRecord, verdict: Verdict, plan: policy.Plan
+    ) -> None:
+        """A verdict that ends the waiting: a job, or our link goes because the disk was replaced or lives elsewhere."""
+        self._metrics.verdicts.labels(verdict=verdict.kind.value).inc()
+        _log.info(
+            "verdict.reached", instance=root.instance, inode=root.inode, verdict=verdict.kind, reason=verdict.reason
+        )
+        if verdict.kind is VerdictKind.TERMINATED:
+            await self._queue(record, root, claims, verdict, plan)
+        else:
+            await self._release(root, claims, verdict.reason)
+
     async def _queue(
         self, record: InstanceRecord, root: Claim, claims: Sequence[Claim], verdict: Verdict, plan: policy.Plan
     ) -> None:
@@ -251,18 +275,23 @@ class Capture:
         self._on_queued()
 
     async def _release(self, root: Claim, claims: Sequence[Claim], reason: str) -> None:
-        for claim in await self._workers.blocking(partial(self._same_fate, root, claims)):
-            self._claims.release(claim)
+        await self._let_go(await self._workers.blocking(partial(self._same_fate, root, claims)), reason)
+
+    async def _release_replaced(self, facts: Facts, claims: Sequence[Claim]) -> None:
+        """
+        The instance lives, and one of its smaller files was removed or made anew: disk.rescue, TPM state.
+
+        Only after the quiet period: a delete under way unlinks them one by one before it is seen to be one.
+        """
+        if facts.named_at is Place.INSTANCE and facts.quiet_s >= facts.quiet_required_s:
+            gone = [c for c in claims if not c.is_root and self._claims.link_count(c) == 1]
+            await self._let_go(gone, "it was removed or replaced while the instance lives")
+
+    async def _let_go(self, claims: Sequence[Claim], reason: str) -> None:
+        for claim in claims:
+            await self._workers.blocking(partial(self._claims.release, claim))  # frees the blocks of a large disk
             _log.info("claim.released", instance=claim.instance, disk=claim.disk, inode=claim.inode, reason=reason)
         self._metrics.claims.set(self._claims.count())
-
-    async def _drop(self, instance: InstanceId, claims: Sequence[Claim], reason: str) -> None:
-        """Nothing of this instance is left to hold."""
-        for claim in claims:
-            self._claims.release(claim)
-            _log.info("claim.released", instance=instance, disk=claim.disk, inode=claim.inode, reason=reason)
-        self._seen.pop(instance, None)
-        self._learn.forget(instance)
 
     def _same_fate(self, root: Claim, claims: Sequence[Claim]) -> list[Claim]:
         """*root* first, and the other files of the instance that are named where it is, or nowhere any more."""

@@ -27,7 +27,7 @@ from autobackup.container.frames import FRAME_BYTES, FrameCompressor, SeekTable,
 from autobackup.container.seal import Sealer
 from autobackup.errors import AutobackupError, SpoolUnavailable, StoreUnavailable
 from autobackup.flows.contents import Contents, Piece
-from autobackup.flows.workers import be_nice
+from autobackup.host.priority import be_nice
 from autobackup.model import DestinationName
 from autobackup.stores import Chunk
 

@@ -7,7 +7,7 @@ the manifest with the reason; it never stops the rest.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal, cast
@@ -17,6 +17,7 @@ from autobackup.container.manifest import DiskEntry, FileEntry, Health, Manifest
 from autobackup.errors import OverlayChanged, Refused, SpoolUnavailable
 from autobackup.flows.contents import Contents, Member
 from autobackup.host import qcow2
+from autobackup.host.bases import short_name
 from autobackup.host.disks import HeldDisk
 from autobackup.host.spool import Spool
 from autobackup.model import ChainLink, DiskIdentity, HeldFile, JobRecord
@@ -46,10 +47,11 @@ def gather(job: JobRecord, spool: Spool, host: str, open_disks: ExitStack) -> Ga
     files: list[tuple[FileEntry, HeldDisk]] = []
     health: list[Health] = []
     first_read: dict[str, DiskIdentity] = {}
+    names = member_names(job.files)
     for held in job.files:
         disk = open_disks.enter_context(_open_own(os.path.join(spool.job_folder(job.job), held.link), held))
         first_read[held.link] = disk.identity
-        member = member_name(held.disk)
+        member = names[held.link]
         if member.startswith(DISKS):
             disks.append((_entry(held, member, disk, bases), disk))
             if held.format == "qcow2":
@@ -83,28 +85,42 @@ def gather(job: JobRecord, spool: Spool, host: str, open_disks: ExitStack) -> Ga
         *(Member(name=entry.member, disk=disk, first=disk.identity) for entry, disk in (*disks, *bases.values())),
         *(Member(name=file.member, disk=disk, first=disk.identity) for file, disk in files),
     ]
+    try:
+        manifest.encode()
+    except ValueError as exc:
+        raise Refused(f"job {job.job}: what is known of its instance does not fit into a manifest: {exc}") from exc
     contents = Contents(manifest=manifest, members=members, health=health, mtime_s=int(job.created_at_s))
     return Gathered(contents=contents, first_read=first_read, not_captured=missing)
 
 
-def member_name(disk: str) -> str:
-    """The member of a bundle that a held file becomes."""
-    if disk == CONSOLE_LOG:
+def member_names(files: Sequence[HeldFile]) -> dict[str, str]:
+    """
+    Link -> member of the bundle.
+
+    An instance can leave two inodes of one name behind (a config drive that was made anew): the one that was
+    written last has the plain name, an older one carries its inode.
+    """
+    latest = {held.disk: held for held in sorted(files, key=lambda held: held.identity.mtime_ns)}
+    return {
+        held.link: _member_name(held.disk, "" if latest[held.disk] is held else f".{held.identity.inode}")
+        for held in files
+    }
+
+
+def _member_name(disk: str, suffix: str) -> str:
+    if disk == CONSOLE_LOG and not suffix:
         return CONSOLE_LOG
     if disk == "nvram":
-        return NVRAM + "nvram"
+        return f"{NVRAM}nvram{suffix}"
     if disk.startswith("swtpm."):
-        return SWTPM + disk.removeprefix("swtpm.")
-    return DISKS + disk
+        return SWTPM + disk.removeprefix("swtpm.") + suffix
+    return DISKS + disk + suffix
 
 
 def _open_own(path: str, held: HeldFile) -> HeldDisk:
     if not os.path.lexists(path):
         raise Refused(f"{path}: the job's link is gone; somebody removed it from the spool")
-    try:
-        disk = HeldDisk(path)
-    except OSError as exc:
-        raise SpoolUnavailable(f"{path}: {exc.strerror}") from exc
+    disk = HeldDisk(path)
     try:
         if not disk.identity.same_inode(held.identity):
             raise Refused(f"{path}: is not the inode that was claimed ({held.identity.inode})")
@@ -123,12 +139,12 @@ def _open_bases(
     for held in job.files:
         below: ChainLink | None = None
         for link in reversed(held.chain):
-            path = spool.base_path(link)
-            member = BASES + os.path.basename(link.path)
+            path = spool.bases.readable_path(link)
+            member = BASES + short_name(link.path)
             if link not in opened and path is not None:
                 try:
                     disk = open_disks.enter_context(HeldDisk(path))
-                except (OSError, OverlayChanged, Refused) as exc:
+                except (OverlayChanged, Refused, SpoolUnavailable) as exc:
                     missing[member] = f"the backing file {link.path} could not be opened: {exc}"
                     continue
                 opened[link] = (

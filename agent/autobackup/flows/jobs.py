@@ -26,7 +26,7 @@ from autobackup.rules.lifecycle import (
 
 
 class Jobs:
-    """What is in the spool, by id. *observe* sees every record right after it was journaled."""
+    """What is in the spool, by id. *intend* sees every record right before it is journaled, *observe* right after."""
 
     def __init__(
         self,
@@ -34,11 +34,13 @@ class Jobs:
         spool: Spool,
         metrics: Metrics,
         clock: Callable[[], float] = time.time,
+        intend: Callable[[JobRecord], None] = lambda _record: None,
         observe: Callable[[JobRecord], None] = lambda _record: None,
     ) -> None:
         self._spool = spool
         self._metrics = metrics
         self._clock = clock
+        self._intend = intend
         self._observe = observe
         self._records: dict[JobId, JobRecord] = {}
 
@@ -58,6 +60,7 @@ class Jobs:
             raise Refused(f"no job {job} in the spool") from None
 
     async def create(self, record: JobRecord) -> None:
+        self._intend(record)
         await self._spool.create_job(record)
         self._accept(record)
 
@@ -76,15 +79,14 @@ class Jobs:
         events: Mapping[DestinationName, CopyEvent],
         changes: Mapping[DestinationName, Mapping[str, Any]],
     ) -> JobRecord:
-        """Take one step for some copies of a job, in one write."""
+        """Take one step for each copy in *events*, with *changes* to any, in one write."""
         record = self.get(job)
-        copies = tuple(
-            replace(copy, state=move_copy(copy.state, events[copy.destination]), **changes.get(copy.destination, {}))
-            if copy.destination in events
-            else copy
-            for copy in record.copies
-        )
-        return await self._write(replace(record, copies=copies))
+        copies = []
+        for copy in record.copies:
+            if copy.destination in events:
+                copy = replace(copy, state=move_copy(copy.state, events[copy.destination]))
+            copies.append(replace(copy, **changes.get(copy.destination, {})))
+        return await self._write(replace(record, copies=tuple(copies)))
 
     async def order_retry(self, job: JobId) -> JobRecord:
         """An operator says: try again now. Parked copies and the job go back to the queue."""
@@ -112,6 +114,7 @@ class Jobs:
 
     async def _write(self, record: JobRecord) -> JobRecord:
         record = replace(record, updated_at_s=self._clock())
+        self._intend(record)
         await self._spool.write_job(record)
         self._accept(record)
         return record

@@ -88,18 +88,18 @@ class Learn:
         self._records[instance] = replace(self.known(instance), migrated_away=True)
         self._unwritten.add(instance)
 
-    def forget(self, instance: InstanceId) -> None:
+    async def forget(self, instance: InstanceId) -> None:
         """The instance is gone, and with it the last reason for its record and perhaps for its bases."""
         self._missing.pop(instance, None)
         if self._records.pop(instance, None) is not None:
-            self._spool.forget_instance(instance)
-        self.release_bases()
+            await self._workers.blocking(partial(self._spool.forget_instance, instance))
+        await self.release_bases()
 
-    def release_bases(self) -> None:
+    async def release_bases(self) -> None:
         """Let go of every backing file that no instance and no job stands on."""
         chains = [link for record in self._records.values() for disk in record.disks for link in disk.chain]
         chains += [link for job in self._jobs.all() for link in job.bases]
-        self._spool.release_bases({os.path.basename(link.path) for link in chains})
+        await self._workers.blocking(partial(self._spool.bases.release_all_but, chains))
 
     async def _keep(self, record: InstanceRecord) -> None:
         record = replace(record, updated_at_s=self._clock())
@@ -120,7 +120,7 @@ class Learn:
         )
         for disk in record.disks:
             for link in disk.chain:
-                if not self._spool.hold_base(link.path):
+                if not self._spool.bases.hold(link.path):
                     _log.debug("base.not_held", instance=record.instance, base=link.path)
         self._hold_firmware(record)
         return record

@@ -4,9 +4,10 @@ Which job runs when: so many at once, each in a task of its own, woken by new jo
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Final
 
+from autobackup.errors import Refused
 from autobackup.flows.backup import Backup
 from autobackup.flows.jobs import Jobs
 from autobackup.model import JobId, JobRecord, JobState
@@ -30,6 +31,17 @@ class Runner:
     def wake(self) -> None:
         """A job may be due that was not before."""
         self._wake.set()
+
+    async def order(self, job: JobId, act: Callable[[JobId], Awaitable[JobRecord]]) -> JobRecord:
+        """Let an operator's order act on a job that nobody works on; otherwise `Refused`."""
+        if job in self._running:
+            raise Refused(f"job {job} is being worked on; try again in a moment")
+        self._running.add(job)
+        try:
+            return await act(job)
+        finally:
+            self._running.discard(job)
+            self._wake.set()
 
     async def run(self) -> None:
         """For ever. What is not an `AutobackupError` ends it, and with it the process."""

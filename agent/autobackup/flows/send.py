@@ -22,7 +22,7 @@ from autobackup.config import Destination, RetrySection
 from autobackup.container import header as container_header
 from autobackup.container.header import Header
 from autobackup.container.seal import NONCE_PREFIX_BYTES, SALT_BYTES
-from autobackup.errors import AutobackupError, Damaged, OverlayChanged, StoreRefused, Transient
+from autobackup.errors import AutobackupError, Damaged, OverlayChanged, Refused, StoreRefused, Transient
 from autobackup.flows.fanout import FanoutLimits, Outlet, Sent, Tap, fan_out
 from autobackup.flows.gather import gather
 from autobackup.flows.jobs import Jobs
@@ -107,12 +107,11 @@ class Send:
             return record
         with ExitStack() as disks:
             gathered = await self._workers.blocking(partial(gather, record, self._spool, self._host, disks))
-            if record.first_read and record.first_read != gathered.first_read:
+            if any(not now.same_content(record.first_read.get(link, now)) for link, now in gathered.first_read.items()):
                 raise OverlayChanged(f"job {record.job}: its disks changed between two reads")
-            if record.first_read != gathered.first_read or record.not_captured != gathered.not_captured:
-                record = await self._jobs.update(
-                    record.job, first_read=gathered.first_read, not_captured=gathered.not_captured
-                )
+            record = await self._jobs.update(
+                record.job, first_read=gathered.first_read, not_captured=gathered.not_captured
+            )
             record, outlets = await self._begin(record, ready)
             if not outlets:
                 return record
@@ -143,19 +142,26 @@ class Send:
                 record = await self._sweep(record, copy.destination)
         return record
 
+    def _store(self, name: DestinationName) -> Store:
+        try:
+            return self._stores[name]
+        except KeyError:
+            raise Refused(f"destination {name!r} is no longer in the configuration; put it back, or discard") from None
+
     # ---- before the read --------------------------------------------------------------------------------
 
     async def _sweep(self, record: JobRecord, name: DestinationName) -> JobRecord:
         """Ask the store if it can take or give, and delete this copy's obsolete attempts there."""
         copy = _copy(record, name)
         try:
-            await self._stores[name].check()
+            store = self._store(name)
+            await store.check()
             for attempt in copy.obsolete:
-                await self._stores[name].delete(attempt)
+                await store.delete(attempt)
         except AutobackupError as exc:
             return await self._copy_failed(record, name, exc, event=None)
         if copy.obsolete:
-            record = await self._change_copy(record, name, obsolete=())
+            record = await self._jobs.move_copies(record.job, {}, {name: {"obsolete": ()}})
         return record
 
     async def _begin(self, record: JobRecord, ready: Sequence[DestinationName]) -> tuple[JobRecord, list[Outlet]]:
@@ -209,7 +215,7 @@ class Send:
         )
 
     async def _put(self, name: DestinationName, attempt: AttemptId, properties: Mapping[str, str], tap: Tap) -> None:
-        await self._stores[name].put(attempt, tap, properties=properties)
+        await self._store(name).put(attempt, tap, properties=properties)
 
     # ---- after it ---------------------------------------------------------------------------------------
 
@@ -240,7 +246,7 @@ class Send:
         outcome, error, started_s = "cancelled", "", time.monotonic()
         try:
             await prove_copy(
-                store=self._stores[name], keys=self._keys[name], job=record.job, sent=sent,
+                store=self._store(name), keys=self._keys[name], job=record.job, sent=sent,
                 readback=self._destinations[name].verify == "readback", workers=self._workers,
             )  # fmt: skip
             outcome = "proven"
@@ -280,13 +286,11 @@ class Send:
             "not_before_s": self._clock() + delay_s,
             "last_error": f"{name}: {error}",
         }
-        if event is None:
-            return await self._change_copy(record, name, **changes)
-        return await self._jobs.move_copies(record.job, {name: event}, {name: changes | _obsolete(copy)})
-
-    async def _change_copy(self, record: JobRecord, name: DestinationName, **changes: Any) -> JobRecord:
-        copies = tuple(replace(c, **changes) if c.destination == name else c for c in record.copies)
-        return await self._jobs.update(record.job, copies=copies)
+        if event is None and not isinstance(error, Transient) and copy.state is CopyState.QUEUED:
+            event = CopyEvent.GAVE_UP
+        if event is not None:
+            changes |= _obsolete(copy)
+        return await self._jobs.move_copies(record.job, {name: event} if event else {}, {name: changes})
 
 
 def _copy(record: JobRecord, name: DestinationName) -> CopyRecord:

@@ -10,15 +10,11 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final, TypeVar
+from typing import TypeVar
 
-_NICE: Final = 10
+from autobackup.host.priority import be_nice
+
 _Result = TypeVar("_Result")
-
-
-def be_nice() -> None:
-    """Lower the calling thread's priority; Linux has one per thread."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
 
 
 class Workers:

@@ -31,7 +31,7 @@ from autobackup.rules.termination import Place
 _UUID: Final = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 _FOLDER: Final = re.compile(rf"({_UUID.pattern})(|_del|_resize)")
 _DISK: Final = re.compile(r"disk|disk\.local|disk\.eph\d+|disk\.swap|disk\.config|disk\.rescue|console\.log")
-_OUTSIDE: Final = re.compile(r"nvram|swtpm\.[\w-]+(\.[\w-]+)*")  # firmware state, which Nova keeps elsewhere
+_OUTSIDE: Final = re.compile(r"nvram|swtpm\.[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")  # firmware state
 _CLAIM: Final = re.compile(rf"({_UUID.pattern})\.({_DISK.pattern}|{_OUTSIDE.pattern})\.(\d+)")
 _PLACES: Final = {"": Place.INSTANCE, "_resize": Place.RESIZE, "_del": Place.DELETED}  # by the folder's suffix
 IsOwned: TypeAlias = Callable[[int, Callable[[], DiskIdentity | None]], bool]
@@ -165,8 +165,11 @@ class Claims:
             return len(self._by_inode)
 
     def link_count(self, claim: Claim) -> int:
-        """st_nlink of the inode; 1 means that ours is the last name."""
-        return os.lstat(self._path(claim)).st_nlink
+        """st_nlink of the inode; 1 means that ours is the last name, 0 that somebody removed even that."""
+        try:
+            return os.lstat(self._path(claim)).st_nlink
+        except FileNotFoundError:
+            return 0
 
     def place(self, claim: Claim) -> Place:
         """Which folder of Nova's names the held inode now."""

@@ -17,7 +17,7 @@ import struct
 from collections.abc import Iterator
 from typing import Final, Self
 
-from autobackup.errors import DiskBusy, OverlayChanged, Refused
+from autobackup.errors import DiskBusy, OverlayChanged, Refused, SpoolUnavailable
 from autobackup.model import DiskIdentity
 
 _FS_IOC_GETVERSION: Final = 0x80087601  # _IOR('v', 1, long), linux/fs.h
@@ -37,7 +37,7 @@ class HeldDisk:
                 raise Refused(f"{path}: is a symbolic link, not a disk that we linked") from exc
             if exc.errno == errno.ENOENT:
                 raise OverlayChanged(f"{path}: is gone") from exc
-            raise
+            raise SpoolUnavailable(f"{path}: {exc.strerror}") from exc
         try:
             if not stat.S_ISREG(os.fstat(self._fd).st_mode):
                 raise Refused(f"{path}: is not a regular file")
@@ -69,7 +69,7 @@ class HeldDisk:
     def require_unchanged(self, first: DiskIdentity) -> None:
         """Raise `OverlayChanged` unless inode, generation, size and mtime are still those of *first*."""
         now = identify(self._fd)
-        if now != first:
+        if not now.same_content(first):
             raise OverlayChanged(f"{self.path}: changed since it was first read ({first} -> {now})")
 
     def link_count(self) -> int:
@@ -144,7 +144,7 @@ def lease_granted(fd: int) -> bool:
     except OSError as exc:
         if exc.errno in (errno.EAGAIN, errno.EBUSY):
             return False
-        raise
+        raise Refused(f"F_SETLEASE: {exc.strerror}; the agent needs CAP_LEASE, and a filesystem with leases") from exc
     fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
     return True
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import entry_points
 from typing import Final, TypeAlias
 
-from autobackup.errors import ConfigError, ScrubRefused
+from autobackup.errors import ConfigError, ScrubRefused, SpoolUnavailable
 from autobackup.host.disks import HeldDisk
 from autobackup.host.filesystems import sync_folder
 from autobackup.model import HeldFile, JobRecord
@@ -46,8 +46,8 @@ def scrub_file(job: JobRecord, held: HeldFile, *, folder: str, method: ScrubMeth
     """
     Destroy one file of *job* and unlink it. False when it is gone already: a crash came after the unlink.
 
-    Blocks for as long as the disk takes. Raises `ScrubRefused` (a gate is closed for good), `DiskBusy` (a gate
-    may open), OSError (the disk or its filesystem failed).
+    Blocks for as long as the disk takes. Raises `ScrubRefused` (a gate is closed), `DiskBusy` (somebody has it
+    open), `SpoolUnavailable` (the disk or its filesystem failed).
     """
     refusal = scrub_refusal(job)
     if refusal is not None:
@@ -57,17 +57,24 @@ def scrub_file(job: JobRecord, held: HeldFile, *, folder: str, method: ScrubMeth
     path = os.path.join(folder, held.link)
     if not os.path.lexists(path):
         return False
-    with HeldDisk(path, writable=True) as disk:
-        if not disk.identity.same_inode(held.identity):
-            raise ScrubRefused(f"{path}: is inode {disk.identity.inode}, captured was {held.identity.inode}")
-        if disk.identity.device != os.stat(folder).st_dev:
-            raise ScrubRefused(f"{path}: is not on the spool's device")
-        if disk.link_count() != 1:
-            raise ScrubRefused(f"{path}: has another name")
-        disk.require_idle()
-        method(disk.fd, list(disk.data_ranges()), disk.identity.size_bytes)
-        os.ftruncate(disk.fd, 0)  # gives the blocks back even if the unlink is lost in a crash
-        os.fsync(disk.fd)
-        os.unlink(path)
-    sync_folder(folder)
+    try:
+        with HeldDisk(path, writable=True) as disk:
+            _check_gates(disk, held, folder)
+            method(disk.fd, list(disk.data_ranges()), disk.identity.size_bytes)
+            os.ftruncate(disk.fd, 0)  # gives the blocks back even if the unlink is lost in a crash
+            os.fsync(disk.fd)
+            os.unlink(path)
+        sync_folder(folder)
+    except OSError as exc:
+        raise SpoolUnavailable(f"{path}: scrub: {exc.strerror or exc}") from exc
     return True
+
+
+def _check_gates(disk: HeldDisk, held: HeldFile, folder: str) -> None:
+    if not disk.identity.same_inode(held.identity):
+        raise ScrubRefused(f"{disk.path}: is inode {disk.identity.inode}, captured was {held.identity.inode}")
+    if disk.identity.device != os.stat(folder).st_dev:
+        raise ScrubRefused(f"{disk.path}: is not on the spool's device")
+    if disk.link_count() != 1:
+        raise ScrubRefused(f"{disk.path}: has another name")
+    disk.require_idle()

@@ -6,7 +6,7 @@ The spool: the folder that is the truth. A start is a walk over it.
       host        which host it belongs to: a spool on shared storage is not taken over by another
       reserve     given up when the filesystem is full, so that the records which free space can be written
       claims/     host.claims' own
-      bases/      links on backing files, `<file name>.<inode>`; never scrubbed
+      bases/      host.bases' own
       instances/  <uuid>.json, what is known of an instance
       jobs/<id>/  job.json and the links that the job owns
       receipts/   <id>.json
@@ -16,6 +16,7 @@ the new one. A job comes into being as `jobs/.new-<id>` and takes its links over
 leaves them either claims or the job's. State belongs to the folder, never to a name or inode that can come again.
 """
 
+import asyncio
 import contextlib
 import errno
 import fcntl
@@ -29,10 +30,10 @@ import aiofiles.os
 
 from autobackup import logs
 from autobackup.errors import ConfigError, RecordDamaged, SpoolUnavailable
+from autobackup.host.bases import Bases
 from autobackup.host.claims import Claims
 from autobackup.host.filesystems import check_spool, sync_folder
 from autobackup.model import (
-    ChainLink,
     DiskIdentity,
     InstanceId,
     InstanceRecord,
@@ -62,6 +63,7 @@ class Spool:
         self._lock_fd = -1
         self._held: dict[JobId, frozenset[int]] = {}  # inodes that jobs hold links on
         self._kept: dict[JobId, frozenset[DiskIdentity]] = {}  # what kept jobs left under Nova's names
+        self.bases = Bases(self._at("bases"))
         self.claims = Claims(instances_path=instances_path, folder=self._at("claims"), is_owned=self.owns)
 
     # ---- opening ----------------------------------------------------------------------------------------
@@ -119,22 +121,38 @@ class Spool:
 
         A kept job holds no link, so its inode number may have come again: only then is *identify_it* asked.
         """
-        if any(inode in inodes for inodes in self._held.values()):
+        if self.is_held_by_job(inode):
             return True
         kept = [identity for left in self._kept.values() for identity in left if identity.inode == inode]
-        return bool(kept) and identify_it() in kept
+        found = identify_it() if kept else None
+        return found is not None and any(found.same_content(identity) for identity in kept)
 
     async def create_job(self, record: JobRecord) -> None:
-        """Durably: the record first, then its links. Idempotent through `load_jobs` after a crash."""
+        """Durably: the record, which from now on owns its claims; `take_over` moves them."""
         new = self._at("jobs", _NEW + record.job)
         try:
             await aiofiles.os.makedirs(new, mode=0o700, exist_ok=True)
             await self._write(os.path.join(new, "job.json"), encode(record))
             await aiofiles.os.rename(new, self.job_folder(record.job))
-            sync_folder(self._at("jobs"))
+            self._note_owned(record)
+            await asyncio.to_thread(sync_folder, self._at("jobs"))
         except OSError as exc:
             raise SpoolUnavailable(f"{new}: {exc.strerror}") from exc
-        self._take_over(record)
+
+    def take_over(self, record: JobRecord) -> None:
+        """Rename the job's claims into its folder; those that are there already stay. Blocks; idempotent."""
+        folder = self.job_folder(record.job)
+        try:
+            moved = [self.claims.hand_over(held.link, folder) for held in record.files]
+            if any(moved):
+                sync_folder(folder)
+                self.claims.sync()
+        except OSError as exc:
+            raise SpoolUnavailable(f"{folder}: {exc.strerror}") from exc
+
+    def is_held_by_job(self, inode: int) -> bool:
+        """True for an inode that belongs to a job, whether its link has been moved yet or not."""
+        return any(inode in inodes for inodes in self._held.values())
 
     async def write_job(self, record: JobRecord) -> None:
         """Journal one step of a job. Raises `SpoolUnavailable`; then the step has not been taken."""
@@ -156,7 +174,7 @@ class Spool:
                 _log.error("job.unreadable", job=name, error=str(exc), consequence="its folder is left untouched")
                 self._held[JobId(name)] = frozenset(_inodes_in(folder))
                 continue
-            self._take_over(record)
+            self._note_owned(record)
             yield record
 
     async def remove_job(self, job: JobId) -> None:
@@ -165,20 +183,9 @@ class Spool:
         with contextlib.suppress(FileNotFoundError):
             await aiofiles.os.unlink(os.path.join(folder, "job.json"))
             await aiofiles.os.rmdir(folder)
-        sync_folder(self._at("jobs"))
+        await asyncio.to_thread(sync_folder, self._at("jobs"))
         self._held.pop(job, None)
         self._kept.pop(job, None)
-
-    def _take_over(self, record: JobRecord) -> None:
-        """Rename the job's claims into its folder; those that are there already stay."""
-        self._note_owned(record)
-        if record.state is not JobState.QUEUED:
-            return  # its links were taken over before it first moved
-        folder = self.job_folder(record.job)
-        moved = [self.claims.hand_over(held.link, folder) for held in record.files]
-        if any(moved):
-            sync_folder(folder)
-            self.claims.sync()
 
     def _note_owned(self, record: JobRecord) -> None:
         if record.state is JobState.KEPT:
@@ -187,13 +194,15 @@ class Spool:
         else:
             self._held[record.job] = frozenset(held.identity.inode for held in record.files)
 
-    # ---- instances, bases, receipts ---------------------------------------------------------------------
+    # ---- instances, receipts ----------------------------------------------------------------------------
 
     async def write_instance(self, record: InstanceRecord) -> None:
         await self._write(self._at("instances", f"{record.instance}.json"), encode(record))
 
     def load_instances(self) -> Iterator[InstanceRecord]:
         for name in sorted(os.listdir(self._at("instances"))):
+            if name.startswith("."):
+                continue  # a write that a crash cut off; the one before it still stands
             path = self._at("instances", name)
             try:
                 with open(path, "rb") as file:
@@ -205,32 +214,8 @@ class Spool:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._at("instances", f"{instance}.json"))
 
-    def hold_base(self, path: str) -> bool:
-        """Link a backing file, so that Nova's image cache cannot age it away. False if it lies on another mount."""
-        try:
-            found = os.lstat(path)
-            os.link(path, self._at("bases", f"{os.path.basename(path)}.{found.st_ino}"), follow_symlinks=False)
-        except FileExistsError:
-            return True
-        except OSError as exc:
-            if exc.errno in (errno.EXDEV, errno.EPERM, errno.ENOENT):
-                return False
-            raise SpoolUnavailable(f"{path}: {exc.strerror}") from exc
-        return True
-
-    def base_path(self, link: ChainLink) -> str | None:
-        """Where a backing file can be read: our link, else its own path, else None. The newest inode of its name."""
-        name = os.path.basename(link.path)
-        held = [entry for entry in os.listdir(self._at("bases")) if entry.rpartition(".")[0] == name]
-        if held:
-            return max((self._at("bases", entry) for entry in held), key=lambda path: os.lstat(path).st_ctime_ns)
-        return link.path if os.path.isfile(link.path) and not os.path.islink(link.path) else None
-
-    def release_bases(self, wanted: set[str]) -> None:
-        """Unlink every held base whose file name is not in *wanted*: its last dependant is gone."""
-        for entry in os.listdir(self._at("bases")):
-            if entry.rpartition(".")[0] not in wanted:
-                os.unlink(self._at("bases", entry))
+    def has_receipt(self, job: JobId) -> bool:
+        return os.path.exists(self._at("receipts", f"{job}.json"))
 
     async def write_receipt(self, job: JobId, receipt: bytes) -> None:
         await self._write(self._at("receipts", f"{job}.json"), receipt)
@@ -254,9 +239,9 @@ class Spool:
         async with aiofiles.open(temporary, "wb") as file:
             await file.write(data)
             await file.flush()
-            await aiofiles.os.wrap(os.fsync)(file.fileno())
+            await asyncio.to_thread(os.fsync, file.fileno())
         await aiofiles.os.replace(temporary, path)
-        await aiofiles.os.wrap(sync_folder)(folder)
+        await asyncio.to_thread(sync_folder, folder)
 
     def _give_up_reserve(self) -> bool:
         try:

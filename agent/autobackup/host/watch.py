@@ -5,7 +5,8 @@ It watches the instances folder, each instance folder, and every claim. IN_ATTRI
 0.2 ms after Nova's unlink and needs no libvirt. Claims are made in this thread, so that a busy event loop delays
 none; a scan of everything answers lost events (queue overflow), the start, and the clock.
 
-It decides nothing. `on_change(instance)` is called from this thread, after any change that may matter.
+It decides nothing. `on_change(instance)` is called from this thread after any change that may matter, and
+`on_scan(instance)` for each instance with a claim after each scan: a scan is a reason to look, and no change.
 """
 
 import contextlib
@@ -42,6 +43,7 @@ class Watch:
         scan_interval_s: float,
         metrics: Metrics,
         on_change: Callable[[InstanceId], None],
+        on_scan: Callable[[InstanceId], None],
         on_failure: Callable[[BaseException], None],
     ) -> None:
         self._claims = claims
@@ -49,6 +51,7 @@ class Watch:
         self._scan_interval_s = scan_interval_s
         self._metrics = metrics
         self._on_change = on_change
+        self._on_scan = on_scan
         self._on_failure = on_failure
         self._stop = threading.Event()
         self._scan_wanted = threading.Event()
@@ -152,7 +155,7 @@ class Watch:
             self._enter(folder_name, "scan")
         self._claims.sync()
         for instance in self._claims.instances():
-            self._on_change(instance)
+            self._on_scan(instance)
 
     def _attempt(self, source: str, make: Callable[[], list[Claim]]) -> None:
         try:

@@ -44,22 +44,19 @@ def plan(instance: InstanceRecord, rules: Sequence[Rule]) -> Plan | None:
 
 def matches(instance: InstanceRecord, rule: Rule) -> bool | None:
     """Whether every condition of *rule* holds; None: no condition fails, but one lacks its fact."""
+    seen = bool(instance.domain_xml)
     answers = (
-        _fits((instance.instance,), rule.match.uuid),
-        _fits((instance.display_name, instance.libvirt_name), rule.match.name),
-        _fits((instance.owner_project,), rule.match.project) if instance.domain_xml else _unknown(rule.match.project),
+        _fits((instance.instance,), rule.match.uuid, seen=True),
+        _fits((instance.display_name, instance.libvirt_name), rule.match.name, seen=seen),
+        _fits((instance.owner_project,), rule.match.project, seen=seen),
     )
     if False in answers:
         return False
     return None if None in answers else True
 
 
-def _fits(values: Sequence[str], pattern: str) -> bool | None:
-    """Shell globs, case-sensitive."""
-    if any(fnmatchcase(value, pattern) for value in values if value) or pattern == _ANYTHING:
+def _fits(values: Sequence[str], pattern: str, *, seen: bool) -> bool | None:
+    """Shell globs, case-sensitive. What a domain whose XML was *seen* does not have is no missing fact."""
+    if pattern == _ANYTHING or any(fnmatchcase(value, pattern) for value in values if value):
         return True
-    return False if any(values) else None
-
-
-def _unknown(pattern: str) -> bool | None:
-    return True if pattern == _ANYTHING else None
+    return False if seen or any(values) else None

@@ -19,7 +19,7 @@ import socket
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeAlias
 
 from aiohttp import web
 
@@ -29,6 +29,10 @@ from autobackup.metrics import Metrics
 from autobackup.model import JobId, JobRecord
 
 _SHUTDOWN_S: Final = 2.0
+
+
+Order: TypeAlias = Callable[[JobId, Callable[[JobId], Awaitable[JobRecord]]], Awaitable[JobRecord]]
+"""Lets an order act on a job, when nobody works on it: `flows.runner.Runner.order`."""
 
 
 class Health(Protocol):
@@ -46,15 +50,13 @@ class Health(Protocol):
 class Api:
     """Serves one unix socket. Build it, then `run`."""
 
-    def __init__(
-        self, *, path: str, group: str, jobs: Jobs, metrics: Metrics, health: Health, on_order: Callable[[], None]
-    ) -> None:
+    def __init__(self, *, path: str, group: str, jobs: Jobs, metrics: Metrics, health: Health, order: Order) -> None:
         self._path = path
         self._group = group
         self._jobs = jobs
         self._metrics = metrics
         self._health = health
-        self._on_order = on_order
+        self._order = order
 
     async def run(self) -> None:
         """Serve until cancelled; the socket is gone afterwards."""
@@ -69,13 +71,14 @@ class Api:
             web.post("/v1/queue/{job}/discard", self._discard),
         ])  # fmt: skip
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=_SHUTDOWN_S)
-        await runner.setup()
+        listening = open_socket(self._path, self._group)
         try:
-            with open_socket(self._path, self._group) as listening:
-                await web.SockSite(runner, listening).start()
-                await asyncio.Event().wait()
+            await runner.setup()
+            await web.SockSite(runner, listening).start()
+            await asyncio.Event().wait()
         finally:
             await runner.cleanup()
+            listening.close()  # after the site, which must take it off the loop
             with suppress(FileNotFoundError):
                 os.unlink(self._path)
 
@@ -101,8 +104,7 @@ class Api:
         })  # fmt: skip
 
     async def _retry(self, request: web.Request) -> web.Response:
-        record = await self._jobs.order_retry(JobId(request.match_info["job"]))
-        self._on_order()
+        record = await self._order(JobId(request.match_info["job"]), self._jobs.order_retry)
         return web.json_response(queue_entry(record, time.time()))
 
     async def _discard(self, request: web.Request) -> web.Response:
@@ -110,8 +112,7 @@ class Api:
         body: Any = await request.json() if request.can_read_body else {}
         if not isinstance(body, dict) or body.get("confirm") != job:
             raise Refused(f'a discard must carry {{"confirm": "{job}"}}: it lets the last state of the instance go')
-        record = await self._jobs.order_discard(JobId(job))
-        self._on_order()
+        record = await self._order(JobId(job), self._jobs.order_discard)
         return web.json_response(queue_entry(record, time.time()))
 
 

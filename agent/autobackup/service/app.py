@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from autobackup import logs
-from autobackup.config import DEFAULT_PATH, Config, load
+from autobackup.config import DEFAULT_PATH, Config, Destination, load
 from autobackup.errors import AutobackupError, ConfigError, Transient
 from autobackup.flows.backup import Backup
 from autobackup.flows.capture import Capture
@@ -35,7 +35,7 @@ from autobackup.model import DestinationName, JobRecord
 from autobackup.service import supervisor
 from autobackup.service.api import Api
 from autobackup.service.systemd import Notify
-from autobackup.stores import open_keys, open_store
+from autobackup.stores import Store, open_keys, open_store
 
 EXIT_CONFIG: Final = 2
 _HOUSEKEEPING_S: Final = 60.0
@@ -45,9 +45,21 @@ _log = logs.get("service.app")
 
 
 class Agent:
-    """The agent of one host. *observe* sees every journaled job record (a seam for crash tests)."""
+    """
+    The agent of one host.
 
-    def __init__(self, config: Config, *, observe: Callable[[JobRecord], None] = lambda _record: None) -> None:
+    Seams for tests: *intend* sees every job record right before it is journaled, *observe* right after; *open_store*
+    makes the stores.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        intend: Callable[[JobRecord], None] = lambda _record: None,
+        observe: Callable[[JobRecord], None] = lambda _record: None,
+        open_store: Callable[[Destination], Store] = open_store,
+    ) -> None:
         self._config = config
         self._notify = Notify()
         self._stop = asyncio.Event()
@@ -61,7 +73,7 @@ class Agent:
             host_id=host_id(),
             reserve_bytes=config.reserve_bytes,
         )
-        self.jobs = Jobs(spool=self.spool, metrics=self.metrics, observe=observe)
+        self.jobs = Jobs(spool=self.spool, metrics=self.metrics, intend=intend, observe=observe)
         self.learn = Learn(claims=self.spool.claims, spool=self.spool, jobs=self.jobs, workers=self.workers)
         destinations = {DestinationName(d.name): d for d in config.destination}
         send = Send(
@@ -120,12 +132,13 @@ class Agent:
             instances_path=str(config.instances_path),
             scan_interval_s=config.capture.scan_interval_s,
             metrics=self.metrics,
-            on_change=self.capture.note,
+            on_change=self.capture.note_change,
+            on_scan=self.capture.note_scan,
             on_failure=self._watch_failed,
         )
         self.api = Api(
             path=str(config.api.socket), group=config.api.group, jobs=self.jobs, metrics=self.metrics, health=self,
-            on_order=self.runner.wake,
+            order=self.runner.order,
         )  # fmt: skip
 
     async def run(self) -> None:

@@ -16,9 +16,12 @@ async def run(parts: Mapping[str, Part], *, stop: asyncio.Event) -> None:
     loop = asyncio.get_running_loop()
     for signo in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signo, stop.set)
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(part(), name=name) for name, part in parts.items()]
-        await stop.wait()
-        for task in reversed(tasks):
-            task.cancel()
-            await asyncio.wait({task})
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(part(), name=name) for name, part in parts.items()]
+            await stop.wait()
+            for task in reversed(tasks):
+                task.cancel()
+                await asyncio.wait({task})
+    except BaseExceptionGroup as failures:
+        raise failures.exceptions[0] from failures

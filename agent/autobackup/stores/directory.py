@@ -18,27 +18,32 @@ import hashlib
 import json
 import os
 import re
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, ParamSpec, TypeVar
 
+from autobackup import logs
 from autobackup.errors import RecordDamaged, StoreRefused, StoreUnavailable
 from autobackup.host.filesystems import sync_folder
+from autobackup.host.priority import be_nice
 from autobackup.model import AttemptId
 from autobackup.stores.interface import Body, Chunk, Stored
 from autobackup.units import MiB, format_bytes
 
+_log = logs.get("stores.directory")
 _SUFFIX: Final = ".autobackup"
 _ATTEMPT: Final = re.compile(r"[0-9a-f-]{36}")
 _SYNC_EVERY_BYTES: Final = 64 * MiB  # keeps the dirty pages of one put, and the last fsync, small
 _CALL_DEADLINE_S: Final = 120.0  # of one call into the filesystem; a dead NFS server blocks for ever
+_GONE: Final = "is gone; mount it, or make the folder with: install -d -m 700"
 _WORDS: Final = {
-    errno.ENOSPC: "is full",
-    errno.EDQUOT: "is over its quota",
-    errno.EROFS: "is read-only",
-    errno.ENOENT: "is gone",
-    errno.ENOTDIR: "is gone",
-    errno.ESTALE: "is gone",
+    errno.ENOSPC: "is full; make room there",
+    errno.EDQUOT: "is over its quota; raise it or make room",
+    errno.EROFS: "is read-only; remount it read-write",
+    errno.ENOENT: _GONE,
+    errno.ENOTDIR: _GONE,
+    errno.ESTALE: _GONE,
 }
 
 _Args = ParamSpec("_Args")
@@ -54,15 +59,16 @@ class DirectoryStore:
         self.root = root
         self._reserve_bytes = reserve_bytes
         self._must_be_mount = must_be_mount
-        self._threads = ThreadPoolExecutor(max_workers=8, thread_name_prefix="directory store")
+        self._threads = ThreadPoolExecutor(8, "directory store", initializer=be_nice)
 
     async def check(self) -> None:
         await self._call(self._check)
 
     async def put(self, attempt: AttemptId, body: Body, *, properties: Mapping[str, str]) -> None:
         await self._call(self._check)
-        partial = await self._call(_Partial, self._at(f".partial-{attempt}"), self._bundle(attempt))
+        partial = _Partial(self._at(attempt, ".partial-"), self._bundle(attempt))
         try:
+            await self._call(partial.open)
             async for chunk in body:
                 await self._call(partial.write, chunk)
             metadata = {
@@ -74,9 +80,9 @@ class DirectoryStore:
             }
             await self._call(partial.commit, self._metadata(attempt), json.dumps(metadata, indent=1).encode() + b"\n")
         except BaseException:
-            # not awaited with a deadline: it must happen, cancelled or not, and only unlinks
-            with contextlib.suppress(OSError):
-                partial.discard()
+            # in a thread, behind whatever call of ours is still in one: a file is not closed under a write
+            discarded = asyncio.get_running_loop().run_in_executor(self._threads, partial.discard)
+            await asyncio.wait({discarded}, timeout=_CALL_DEADLINE_S)
             raise
 
     async def stat(self, attempt: AttemptId) -> Stored:
@@ -111,24 +117,26 @@ class DirectoryStore:
         except TimeoutError:
             raise StoreUnavailable(f"{self.root}: no answer from the filesystem in {_CALL_DEADLINE_S:.0f} s") from None
         except FileNotFoundError as exc:
-            if await loop.run_in_executor(self._threads, os.path.isdir, self.root):
-                raise StoreRefused(f"{exc.filename or self.root}: not in this store") from exc
-            raise StoreUnavailable(f"{self.root}: is gone; mount it or make the folder") from exc
+            await self._call(self._require_there)  # what is not mounted holds nothing, and that says nothing
+            raise StoreRefused(f"{exc.filename or self.root}: not in this store") from exc
         except OSError as exc:
             raise StoreUnavailable(f"{self.root}: {_WORDS.get(exc.errno or 0, exc.strerror)}") from exc
 
-    def _check(self) -> None:
+    def _require_there(self) -> None:
         if not os.path.isdir(self.root):
-            raise StoreUnavailable(
-                f"{self.root}: is gone; mount it, or make the folder with: install -d -m 700 {self.root}"
-            )
+            raise StoreUnavailable(f"{self.root}: {_GONE} {self.root}")
         if self._must_be_mount and not os.path.ismount(self.root):
             raise StoreUnavailable(f"{self.root}: nothing is mounted there, and must_be_mount is set; mount it")
+
+    def _check(self) -> None:
+        self._require_there()
         if os.stat(self.root).st_mode & 0o077:
             raise StoreUnavailable(f"{self.root}: others may look into it; run: chmod 700 {self.root}")
         room = os.statvfs(self.root)
+        if room.f_flag & os.ST_RDONLY:
+            raise StoreUnavailable(f"{self.root}: {_WORDS[errno.EROFS]}")
         free_bytes = room.f_bavail * room.f_frsize
-        if free_bytes < self._reserve_bytes:
+        if free_bytes <= self._reserve_bytes:
             raise StoreUnavailable(
                 f"{self.root}: is full: {format_bytes(free_bytes)} free, of which reserve = "
                 f"{format_bytes(self._reserve_bytes)} is kept"
@@ -143,75 +151,116 @@ class DirectoryStore:
             properties = {str(key): str(value) for key, value in words["properties"].items()}
         except FileNotFoundError:
             properties = {}  # the bundle describes itself; the metadata is for convenience
-        except (ValueError, KeyError, TypeError, AttributeError) as exc:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
             raise RecordDamaged(f"{path}: not the metadata of a sealed bundle") from exc
         return Stored(attempt=attempt, size_bytes=size_bytes, properties=properties)
 
     def _delete(self, attempt: AttemptId) -> None:
-        partial = self._at(f".partial-{attempt}")
+        partial = self._at(attempt, ".partial-")
+        self._require_there()
         for path in (self._bundle(attempt), self._metadata(attempt), partial, partial + ".json"):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
         sync_folder(self.root)
 
     def _held(self) -> list[Stored]:
-        with os.scandir(self.root) as entries:
-            names = [(entry.stat().st_mtime_ns, entry.name) for entry in entries if entry.name.endswith(_SUFFIX)]
-        attempts = [name.removesuffix(_SUFFIX) for _, name in sorted(names)]
-        return [self._stat(AttemptId(attempt)) for attempt in attempts if _ATTEMPT.fullmatch(attempt)]
+        self._require_there()
+        found: list[tuple[int, Stored]] = []
+        for name in os.listdir(self.root):
+            attempt = AttemptId(name.removesuffix(_SUFFIX))
+            if name.endswith(_SUFFIX) and _ATTEMPT.fullmatch(attempt):
+                with contextlib.suppress(FileNotFoundError):  # deleted since it was listed
+                    stored = self._described(attempt)
+                    found.append((os.lstat(self._bundle(attempt)).st_mtime_ns, stored))
+        return [stored for _, stored in sorted(found, key=lambda one: (one[0], one[1].attempt))]
+
+    def _described(self, attempt: AttemptId) -> Stored:
+        """As `_stat`, but one damaged description does not hide what else is held."""
+        try:
+            return self._stat(attempt)
+        except RecordDamaged as exc:
+            _log.warning("metadata.damaged", error=str(exc), consequence="listed without its properties")
+            size_bytes = os.stat(self._bundle(attempt), follow_symlinks=False).st_size
+            return Stored(attempt=attempt, size_bytes=size_bytes, properties={})
 
     def _bundle(self, attempt: AttemptId) -> str:
-        return self._at(attempt + _SUFFIX)
+        return self._at(attempt, suffix=_SUFFIX)
 
     def _metadata(self, attempt: AttemptId) -> str:
-        return self._at(attempt + ".json")
+        return self._at(attempt, suffix=".json")
 
-    def _at(self, name: str) -> str:
-        if "/" in name:
-            raise StoreRefused(f"{name!r} is not the id of a sealed bundle")
-        return os.path.join(self.root, name)
+    def _at(self, attempt: AttemptId, prefix: str = "", *, suffix: str = "") -> str:
+        if _ATTEMPT.fullmatch(attempt) is None:
+            raise StoreRefused(f"{attempt!r} is not the id of a sealed bundle")
+        return os.path.join(self.root, prefix + attempt + suffix)
 
 
 class _Partial:
-    """A file on its way to a name."""
+    """
+    A file on its way to a name.
+
+    One call at a time, whichever thread it comes from: who gave up waiting for one discards while it may still run.
+    """
 
     def __init__(self, path: str, final: str) -> None:
-        if os.path.lexists(final):
-            raise StoreRefused(f"{final}: exists; an attempt id is used once")
         self._path = path
         self._final = final
+        self._lock = threading.Lock()
+        self._fd = -1
+        self._made: list[str] = []  # files of ours that have no name in the store yet
+        self._is_discarded = False
         self._unsynced_bytes = self._synced_bytes = 0
-        self._fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+
+    def open(self) -> None:
+        with self._lock:
+            if os.path.lexists(self._final):
+                raise StoreRefused(f"{self._final}: exists; an attempt id is used once")
+            try:
+                self._fd = self._make(self._path)
+            except FileExistsError:
+                raise StoreRefused(f"{self._path}: exists; an attempt id is used once") from None
 
     def write(self, chunk: Chunk) -> None:
-        with memoryview(chunk) as view:
+        with self._lock, memoryview(chunk) as view:
             at = 0
             while at < len(view):
                 at += os.write(self._fd, view[at:])
             self._unsynced_bytes += len(view)
-        if self._unsynced_bytes >= _SYNC_EVERY_BYTES:
-            self._sync()
+            if self._unsynced_bytes >= _SYNC_EVERY_BYTES:
+                self._sync()
 
     def commit(self, metadata_path: str, metadata: bytes) -> None:
-        self._sync()
-        os.close(self._fd)
-        self._fd = -1
-        fd = os.open(self._path + ".json", os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
-        with open(fd, "wb") as file:
-            file.write(metadata)
-            file.flush()
-            os.fsync(fd)
-        os.rename(self._path + ".json", metadata_path)
-        os.rename(self._path, self._final)
-        sync_folder(os.path.dirname(self._final))
+        with self._lock:
+            self._sync()
+            self._close()
+            with open(self._make(self._path + ".json"), "wb") as file:
+                file.write(metadata)
+                file.flush()
+                os.fsync(file.fileno())
+            os.rename(self._path + ".json", metadata_path)
+            os.rename(self._path, self._final)
+            self._made.clear()
+            sync_folder(os.path.dirname(self._final))
 
     def discard(self) -> None:
+        with self._lock:
+            self._is_discarded = True
+            self._close()
+            for leftover in self._made:
+                with contextlib.suppress(OSError):
+                    os.unlink(leftover)
+
+    def _make(self, path: str) -> int:
+        if self._is_discarded:
+            raise StoreUnavailable(f"{path}: given up before it was begun")
+        fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        self._made.append(path)
+        return fd
+
+    def _close(self) -> None:
         if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-        for leftover in (self._path, self._path + ".json"):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(leftover)
+            fd, self._fd = self._fd, -1
+            os.close(fd)
 
     def _sync(self) -> None:
         os.fdatasync(self._fd)

@@ -8,7 +8,6 @@ from those words, asking its source anew each time, because a verification with 
 header carries the data key wrapped with AES-KWP (RFC 5649). Who has the file opens everything sealed under it.
 """
 
-import hmac
 import os
 import secrets
 from base64 import b64decode, b64encode
@@ -25,6 +24,7 @@ from cryptography.hazmat.primitives.keywrap import (
 
 from autobackup.container.header import kek_id
 from autobackup.errors import ContainerDamaged, KeyRefused, KeysUnavailable, TargetExists
+from autobackup.host.filesystems import sync_folder
 
 KEY_BYTES: Final = 32
 
@@ -69,7 +69,7 @@ class KeyFile:
         wanted = header_words.get("kek_id", "")
         for path in (self._path, *self._older):
             kek = read_kek(path)
-            if hmac.compare_digest(kek_id(kek), wanted):
+            if kek_id(kek) == wanted:  # the name of a key is public
                 return _unwrap(kek, header_words.get("wrapped", ""))
         raise KeyRefused(f"sealed under the key-encryption key {wanted}; none of the key files at hand is that one")
 
@@ -103,6 +103,7 @@ def write_kek(path: str) -> str:
         file.write(kek.hex() + "\n")
         file.flush()
         os.fsync(fd)
+    sync_folder(os.path.dirname(os.path.abspath(path)))  # what is sealed under it must not outlive its name
     return kek_id(kek)
 
 
