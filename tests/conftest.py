@@ -1,0 +1,63 @@
+"""The lab as fixtures, and the proof that a test session leaves nothing on the machine."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.lab.hypervisor import Hypervisor, missing_requirements
+from tests.lab.instances import Compute
+from tests.lab.leftovers import find_leftovers, mark_children
+from tests.lab.workspace import Workspace
+from tests.lab.workspace import workspace as open_workspace
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`-m "not hypervisor"` leaves out whatever would start one."""
+    for item in items:
+        if "hypervisor" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.hypervisor)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_left_behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Set up first, so torn down last."""
+    token = mark_children()
+    yield
+    left = find_leftovers(token, [tmp_path_factory.getbasetemp()])
+    if left:
+        pytest.fail("the tests left behind:\n" + "\n".join(left), pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def workspace(_nothing_left_behind: None) -> Iterator[Workspace]:
+    """Folders and mount points that a hypervisor can use; gone after the session."""
+    with open_workspace() as place:
+        yield place
+
+
+@pytest.fixture(scope="session")
+def hypervisor(workspace: Workspace) -> Iterator[Hypervisor]:
+    """A private libvirtd, started for the first test that asks."""
+    if missing := missing_requirements():
+        pytest.skip(f"a hypervisor needs {', '.join(missing)}")
+    with Hypervisor() as started:
+        yield started
+
+
+@pytest.fixture
+def instances_path(workspace: Workspace) -> Iterator[Path]:
+    """An instances folder as Nova has it: on the machine's own disk, open to QEMU's user."""
+    folder = workspace.folder("instances")
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def compute(hypervisor: Hypervisor, instances_path: Path) -> Iterator[Compute]:
+    """nova-compute on the hypervisor; its domains end with the test, and libvirtd is well again."""
+    with Compute(hypervisor.uri, instances_path) as playing:
+        try:
+            yield playing
+        finally:
+            hypervisor.heal()
