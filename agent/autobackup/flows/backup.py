@@ -115,7 +115,10 @@ class Backup:
         if due:
             record = await self._send.send(record, [copy.destination for copy in due])
         record = await self._send.prove(record)
-        waiting = [copy for copy in record.copies if copy.state in (CopyState.QUEUED, CopyState.SENT) or copy.obsolete]
+        waiting = [
+            copy for copy in record.copies
+            if copy.state in (CopyState.QUEUED, CopyState.SENT) or (copy.state is CopyState.VERIFIED and copy.obsolete)
+        ]  # fmt: skip
         if all_settled(record.copies) and not waiting:
             await self._jobs.move(record.job, JobEvent.ALL_VERIFIED, failure_count=0, last_error="")
         elif only_parked_left(record.copies):
@@ -223,6 +226,7 @@ class Backup:
 
     async def _finish(self, record: JobRecord) -> None:
         if record.state is JobState.DISCARDED:
+            await self._workers.blocking(partial(self._spool.take_over, record))
             for held in record.files:
                 await self._workers.blocking(partial(self._unlink_ours, record, held))
             _log.warning(

@@ -60,6 +60,14 @@ class Learn:
     def load(self) -> None:
         self._records = {record.instance: record for record in self._spool.load_instances()}
 
+    async def sweep(self) -> None:
+        """What a crash left behind. Not while a disk is held of which, and so of whose bases, nothing is known yet."""
+        if self._claims.instances() <= self._records.keys():
+            await self.release_bases()
+
+    def instances(self) -> list[InstanceId]:
+        return list(self._records)
+
     def known(self, instance: InstanceId) -> InstanceRecord:
         return self._records.get(instance) or InstanceRecord(instance=instance)
 

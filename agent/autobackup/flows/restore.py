@@ -151,9 +151,10 @@ def _attach(folder: str, entry: DiskEntry, manifest: Manifest) -> list[str]:
             f"{entry.member}: left as it was captured: {mistrusted}; open it only with its backing file switched off"
         ]
     if entry.backing is None:
-        if entry.backing_path is None:
+        named = qcow2.parse_header(head).backing_path
+        if named is None:
             return []
-        return [f"{entry.member}: its backing file {entry.backing_path} is not in this bundle"]
+        return [f"{entry.member}: its backing file {named!r} is not in this bundle; attach one before opening it"]
     base = next(base for base in manifest.bases if base.member == entry.backing)
     relative = os.path.relpath(os.path.join(folder, base.member), os.path.dirname(path))
     if base.format == "unknown":

@@ -26,6 +26,9 @@ def check_spool(*, instances_path: str, spool_path: str, allowed: Iterable[str])
     probe = os.path.join(instances_path, f".autobackup-probe-{os.getpid()}")
     target = os.path.join(spool_path, f"probe-{os.getpid()}")
     try:
+        for leftover in (target, probe):  # of an agent that was killed right here; in a container the pid is the same
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(leftover)
         fd = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
         os.close(fd)
         os.link(probe, target, follow_symlinks=False)

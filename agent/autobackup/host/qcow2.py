@@ -82,8 +82,9 @@ def mistrust(head: bytes, *, chain: Sequence[ChainLink], chain_source: str) -> s
     if header.has_data_file:
         return "the header names an external data file"
     expected = chain[0].path if chain else None
-    if chain_source != "none" and header.backing_path != expected:
-        return f"the header names the backing file {header.backing_path!r}, the hypervisor said {expected!r}"
+    if header.backing_path != expected:
+        said = "nobody vouched for it" if chain_source == "none" else f"the hypervisor said {expected!r}"
+        return f"the header names the backing file {header.backing_path!r}, {said}"
     return None
 
 

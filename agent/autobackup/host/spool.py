@@ -22,19 +22,22 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Final
 
 import aiofiles
 import aiofiles.os
 
 from autobackup import logs
-from autobackup.errors import ConfigError, RecordDamaged, SpoolUnavailable
+from autobackup.errors import ConfigError, OverlayChanged, RecordDamaged, Refused, SpoolUnavailable
 from autobackup.host.bases import Bases
 from autobackup.host.claims import Claims
+from autobackup.host.disks import HeldDisk
 from autobackup.host.filesystems import check_spool, sync_folder
 from autobackup.model import (
     DiskIdentity,
+    HeldFile,
     InstanceId,
     InstanceRecord,
     JobId,
@@ -61,7 +64,8 @@ class Spool:
         self._host_id = host_id
         self._reserve_bytes = reserve_bytes
         self._lock_fd = -1
-        self._held: dict[JobId, frozenset[int]] = {}  # inodes that jobs hold links on
+        self.unreadable_jobs: list[str] = []  # what stands in the way of a job that nobody can take up
+        self._held: dict[JobId, Mapping[int, Sequence[str]]] = {}  # inodes of jobs, and where their link may be
         self._kept: dict[JobId, frozenset[DiskIdentity]] = {}  # what kept jobs left under Nova's names
         self.bases = Bases(self._at("bases"))
         self.claims = Claims(instances_path=instances_path, folder=self._at("claims"), is_owned=self.owns)
@@ -131,19 +135,25 @@ class Spool:
         """Durably: the record, which from now on owns its claims; `take_over` moves them."""
         new = self._at("jobs", _NEW + record.job)
         try:
-            await aiofiles.os.makedirs(new, mode=0o700, exist_ok=True)
+            await self._with_reserve(partial(aiofiles.os.makedirs, new, mode=0o700, exist_ok=True), new)
             await self._write(os.path.join(new, "job.json"), encode(record))
             await aiofiles.os.rename(new, self.job_folder(record.job))
             self._note_owned(record)
             await asyncio.to_thread(sync_folder, self._at("jobs"))
         except OSError as exc:
             raise SpoolUnavailable(f"{new}: {exc.strerror}") from exc
+        finally:
+            await asyncio.to_thread(shutil.rmtree, new, ignore_errors=True)  # there only if this failed
 
     def take_over(self, record: JobRecord) -> None:
-        """Rename the job's claims into its folder; those that are there already stay. Blocks; idempotent."""
+        """
+        Rename the job's claims into its folder; those that are there already stay. Blocks; idempotent.
+
+        A claim of the same name on another inode (the number came again) is a newer disk's, and stays where it is.
+        """
         folder = self.job_folder(record.job)
         try:
-            moved = [self.claims.hand_over(held.link, folder) for held in record.files]
+            moved = [self.claims.hand_over(held.link, folder) for held in record.files if self._is_claimed(held)]
             if any(moved):
                 sync_folder(folder)
                 self.claims.sync()
@@ -151,8 +161,13 @@ class Spool:
             raise SpoolUnavailable(f"{folder}: {exc.strerror}") from exc
 
     def is_held_by_job(self, inode: int) -> bool:
-        """True for an inode that belongs to a job, whether its link has been moved yet or not."""
-        return any(inode in inodes for inodes in self._held.values())
+        """
+        True for an inode that belongs to a job, whether its link has been moved yet or not.
+
+        Once the link is gone (scrubbed, or removed by hand) the number may have come again: then it is not the job's.
+        """
+        paths = [path for links in list(self._held.values()) for path in links.get(inode, ())]
+        return any(os.path.lexists(path) for path in paths)
 
     async def write_job(self, record: JobRecord) -> None:
         """Journal one step of a job. Raises `SpoolUnavailable`; then the step has not been taken."""
@@ -171,8 +186,10 @@ class Spool:
                 with open(path, "rb") as file:
                     record = decode(JobRecord, file.read(), where=path)
             except (FileNotFoundError, RecordDamaged) as exc:
+                if self._was_finished(folder):
+                    continue
                 _log.error("job.unreadable", job=name, error=str(exc), consequence="its folder is left untouched")
-                self._held[JobId(name)] = frozenset(_inodes_in(folder))
+                self._held[JobId(name)] = _links_in(folder)
                 continue
             self._note_owned(record)
             yield record
@@ -180,19 +197,45 @@ class Spool:
     async def remove_job(self, job: JobId) -> None:
         """The last step: a folder whose links are gone."""
         folder = self.job_folder(job)
-        with contextlib.suppress(FileNotFoundError):
+        strangers = [name for name in await aiofiles.os.listdir(folder) if name != "job.json"]
+        if strangers:
+            raise SpoolUnavailable(f"{folder}: holds {', '.join(strangers)}, which the agent did not put there; remove it")
+        try:
             await aiofiles.os.unlink(os.path.join(folder, "job.json"))
             await aiofiles.os.rmdir(folder)
-        await asyncio.to_thread(sync_folder, self._at("jobs"))
+            await asyncio.to_thread(sync_folder, self._at("jobs"))
+        except OSError as exc:
+            raise SpoolUnavailable(f"{folder}: {exc.strerror}") from exc
         self._held.pop(job, None)
         self._kept.pop(job, None)
 
     def _note_owned(self, record: JobRecord) -> None:
         if record.state is JobState.KEPT:
             self._held.pop(record.job, None)
-            self._kept[record.job] = frozenset(held.identity for held in record.files)
-        else:
-            self._held[record.job] = frozenset(held.identity.inode for held in record.files)
+            # as they were when last read: they may have changed since they were claimed
+            self._kept[record.job] = frozenset(record.first_read.get(held.link, held.identity) for held in record.files)
+            return
+        folders = [self.job_folder(record.job)]
+        if record.state in (JobState.QUEUED, JobState.PARKED, JobState.DISCARDED):  # not taken over yet, perhaps
+            folders.append(self._at("claims"))
+        self._held[record.job] = {
+            held.identity.inode: tuple(os.path.join(folder, held.link) for folder in folders) for held in record.files
+        }
+
+    def _is_claimed(self, held: HeldFile) -> bool:
+        try:
+            with HeldDisk(self._at("claims", held.link)) as disk:
+                return disk.identity.same_inode(held.identity)
+        except (OverlayChanged, Refused):
+            return False
+
+    def _was_finished(self, folder: str) -> bool:
+        """Whether *folder* is what a crash in `remove_job` left: nothing is in it."""
+        try:
+            os.rmdir(folder)
+        except OSError:
+            return False
+        return True
 
     # ---- instances, receipts ----------------------------------------------------------------------------
 
@@ -201,9 +244,10 @@ class Spool:
 
     def load_instances(self) -> Iterator[InstanceRecord]:
         for name in sorted(os.listdir(self._at("instances"))):
-            if name.startswith("."):
-                continue  # a write that a crash cut off; the one before it still stands
             path = self._at("instances", name)
+            if name.startswith("."):
+                os.unlink(path)  # a write that a crash cut off; the one before it still stands
+                continue
             try:
                 with open(path, "rb") as file:
                     yield decode(InstanceRecord, file.read(), where=path)
@@ -223,13 +267,17 @@ class Spool:
     # ---- inside -----------------------------------------------------------------------------------------
 
     async def _write(self, path: str, data: bytes) -> None:
+        await self._with_reserve(partial(self._write_once, path, data), path)
+
+    async def _with_reserve(self, work: Callable[[], Awaitable[None]], path: str) -> None:
+        """Do *work*; where the filesystem is full, do it again with the reserve given up."""
         try:
-            await self._write_once(path, data)
+            await work()
         except OSError as exc:
             if exc.errno not in (errno.ENOSPC, errno.EDQUOT) or not self._give_up_reserve():
                 raise SpoolUnavailable(f"{path}: {exc.strerror}") from exc
             try:
-                await self._write_once(path, data)
+                await work()
             except OSError as again:
                 raise SpoolUnavailable(f"{path}: {again.strerror}, the reserve is used up") from again
 
@@ -278,7 +326,6 @@ class Spool:
         return os.path.join(self.path, *parts)
 
 
-def _inodes_in(folder: str) -> Iterator[int]:
+def _links_in(folder: str) -> dict[int, tuple[str]]:
     with os.scandir(folder) as entries:
-        for entry in entries:
-            yield entry.inode()
+        return {entry.inode(): (entry.path,) for entry in entries}

@@ -3,7 +3,8 @@ The inotify thread: claims disks the moment they appear, and tells the loop when
 
 It watches the instances folder, each instance folder, and every claim. IN_ATTRIB on a claim with st_nlink 1 comes
 0.2 ms after Nova's unlink and needs no libvirt. Claims are made in this thread, so that a busy event loop delays
-none; a scan of everything answers lost events (queue overflow), the start, and the clock.
+none, and made durable in another: an fsync takes as long as the disk pleases, and an instance may live and die in
+less (measured: 2 of 50 missed). A scan of everything answers lost events (queue overflow), the start, and the clock.
 
 It decides nothing. `on_change(instance)` is called from this thread after any change that may matter, and
 `on_scan(instance)` for each instance with a claim after each scan: a scan is a reason to look, and no change.
@@ -27,7 +28,7 @@ from autobackup.model import InstanceId
 
 _FOLDER_EVENTS: Final = flags.CREATE | flags.MOVED_TO | flags.ONLYDIR | flags.DONT_FOLLOW
 _ROOT_EVENTS: Final = _FOLDER_EVENTS | flags.MOVED_FROM | flags.DELETE
-_WAKE_MS: Final = 200  # the longest delay of a stop, and of an fsync of fresh claims
+_WAKE_MS: Final = 200  # the longest delay of a stop, and of an fsync of the folder of claims
 
 _log = logs.get("host.watch")
 
@@ -59,7 +60,11 @@ class Watch:
         self._folders: dict[int, str] = {}  # watch descriptor -> folder name
         self._held: dict[int, Claim] = {}  # watch descriptor -> claim
         self._root_wd = -1
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._claimed = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._run, args=(part,), name=name, daemon=True)
+            for name, part in (("watch", self._watch), ("watch sync", self._sync))
+        ]
         claims.on_claimed = self._hold
 
     def start(self) -> None:
@@ -69,12 +74,14 @@ class Watch:
             for claim in self._claims.of(instance):
                 self._hold(claim)
         self._scan()
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
         self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join()
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join()
         self._inotify.close()
 
     def claim_now(self, folder_name: str, source: str) -> None:
@@ -85,19 +92,25 @@ class Watch:
         """Any thread: scan everything soon (libvirt came back)."""
         self._scan_wanted.set()
 
-    def _run(self) -> None:
+    def _run(self, part: Callable[[], None]) -> None:
         try:
-            self._loop()
+            part()
         except BaseException as exc:
             self._on_failure(exc)
 
-    def _loop(self) -> None:
+    def _sync(self) -> None:
+        while not self._stop.is_set():
+            self._claimed.wait(_WAKE_MS / 1000)
+            self._claimed.clear()
+            self._claims.sync()
+        self._claims.sync()
+
+    def _watch(self) -> None:
         next_scan_s = time.monotonic() + self._scan_interval_s
         while not self._stop.is_set():
             events = self._inotify.read(timeout=_WAKE_MS)
             for event in events:
                 self._handle(event)
-            self._claims.sync()
             if self._scan_wanted.is_set() or time.monotonic() >= next_scan_s:
                 self._scan_wanted.clear()
                 self._scan()
@@ -164,6 +177,8 @@ class Watch:
             self._metrics.claims_missed.labels(reason=type(exc).__name__).inc()
             _log.error("claim.missed", source=source, error=str(exc), consequence="tried again at the next scan")
             return
+        if made:
+            self._claimed.set()
         for claim in made:
             self._metrics.claims_made.labels(source=source).inc()
             _log.info("claim.made", instance=claim.instance, disk=claim.disk, inode=claim.inode, source=source)

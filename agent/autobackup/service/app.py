@@ -152,6 +152,9 @@ class Agent:
             self.jobs.load()
             self.learn.load()
             self.watch.start()
+            await self.learn.sweep()
+            for instance in self.learn.instances():
+                self.capture.note_scan(instance)  # it may have ended unseen, and left nothing but its record
             claims = self.spool.claims.count()
             self.metrics.claims.set(claims)
             self._notify.ready(f"holding {claims} disks, {len(self.jobs.all())} jobs")
@@ -181,6 +184,7 @@ class Agent:
     def degraded(self) -> list[str]:
         words = [] if self.link.is_connected else [f"libvirt does not answer at {self._config.libvirt.uri}"]
         parked = sum(record.state == "parked" for record in self.jobs.all())
+        words += [f"a job cannot be read and is left untouched: {error}" for error in self.spool.unreadable_jobs]
         return words + ([f"{parked} parked jobs wait for an operator: autobackup queue"] if parked else [])
 
     def is_ready(self) -> bool:

@@ -78,11 +78,14 @@ def read_kek(path: str) -> bytes:
     """The KEK in *path*. The text of an error names the file and never what is in it."""
     try:
         with open(path, "rb") as file:
+            is_open_to_others = os.fstat(file.fileno()).st_mode & 0o077
             text = file.read(1024).strip()
     except FileNotFoundError:
         raise KeysUnavailable(f"{path}: no such key file; make one with: autobackup keygen {path}") from None
     except OSError as exc:
         raise KeysUnavailable(f"{path}: {exc.strerror}") from None
+    if is_open_to_others:
+        raise KeyRefused(f"{path}: others may read this key file; run: chmod 600 {path}")
     try:
         kek = bytes.fromhex(text.decode("ascii"))
     except ValueError:
