@@ -9,7 +9,12 @@ import logging
 import sys
 from typing import TextIO
 
-import structlog
+# structlog imports rich for its console wherever that is installed: 3 MiB that a daemon without one does not need
+_is_rich_hidden = sys.modules.setdefault("rich", None) is None  # type: ignore[arg-type]
+import structlog  # noqa: E402
+
+if _is_rich_hidden:
+    del sys.modules["rich"]
 
 
 def configure(*, stream: TextIO = sys.stderr, level: int = logging.INFO) -> None:

@@ -13,7 +13,7 @@ is checked after the last read and before the digests leave: a torn capture neve
 import hashlib
 import queue
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from autobackup.container import bundle
@@ -118,10 +118,18 @@ class Contents:
             buffer = buffers.get()
             data = memoryview(buffer)[:length]
             for offset, lost_bytes in disk.read_into(data, at):
-                self._unreadable.append(Unreadable(member=member.name, offset_bytes=offset, length_bytes=lost_bytes))
+                self._lost(member.name, offset, lost_bytes)
             digest.update(data)
             self.read_bytes += length
             yield Piece(length=length, data=data, buffer=buffer)
+
+    def _lost(self, name: str, offset: int, lost_bytes: int) -> None:
+        """Blocks side by side are one range: a dead region of GiBs must not make digests.json too large to seal."""
+        last = self._unreadable[-1] if self._unreadable else None
+        if last is not None and last.member == name and last.offset_bytes + last.length_bytes == offset:
+            self._unreadable[-1] = replace(last, length_bytes=last.length_bytes + lost_bytes)
+        else:
+            self._unreadable.append(Unreadable(member=name, offset_bytes=offset, length_bytes=lost_bytes))
 
 
 def _literal(data: bytes) -> Iterator[Piece]:

@@ -15,6 +15,7 @@ later by a read of its own. One that fails does not disturb the others. Whatever
 """
 
 import asyncio
+import contextlib
 import hashlib
 import queue
 import threading
@@ -87,7 +88,8 @@ async def fan_out(
     async def send(outlet: Outlet) -> None:
         tap = taps[outlet.destination]
         try:
-            await outlet.send(tap)
+            async with tap.until_detached():
+                await outlet.send(tap)
             outcomes[outlet.destination] = Sent(size_bytes=tap.size_bytes, digest=tap.digest)
         except AutobackupError as exc:
             outcomes[outlet.destination] = exc
@@ -96,9 +98,9 @@ async def fan_out(
 
     threads = [threading.Thread(target=reader.run, name="read")]
     threads += [threading.Thread(target=tap.run, name=f"seal {name}") for name, tap in taps.items()]
-    for thread in threads:
-        thread.start()
     try:
+        for thread in threads:
+            thread.start()
         async with asyncio.TaskGroup() as group:
             for outlet in outlets:
                 group.create_task(send(outlet), name=f"send {outlet.destination}")
@@ -124,6 +126,8 @@ class Tap:
         self._slots = threading.Semaphore(_SEGMENTS_IN_FLIGHT)
         self._segments: asyncio.Queue[Chunk | BaseException | None] = asyncio.Queue()
         self._closed = threading.Event()
+        self._sending = asyncio.timeout(None)
+        self._is_detached = False
         self._hash = hashlib.new(outlet.digest_algorithm)
         self._size_bytes = 0
         self._iterated = False
@@ -145,12 +149,9 @@ class Tap:
 
     def detach(self) -> None:
         """Drop this destination from the shared read."""
-        error = StoreUnavailable(
-            f"{self._outlet.destination}: held up the shared read for {self._limits.detach_after_s:g} s; "
-            f"it is sent later, by a read of its own"
-        )
-        self._say(error)
         self._closed.set()
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the process is ending
+            self._loop.call_soon_threadsafe(self._end_sending)
 
     def close(self) -> None:
         self._closed.set()
@@ -228,6 +229,27 @@ class Tap:
     def _check_open(self) -> None:
         if self._closed.is_set():
             raise _Stopped
+
+    # ---- the loop's side --------------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def until_detached(self) -> AsyncIterator[None]:
+        """Sending, which `detach` ends wherever it waits: the others are not settled before their slowest."""
+        try:
+            async with asyncio.timeout(0 if self._is_detached else None) as self._sending:
+                yield
+        except TimeoutError:
+            if not self._sending.expired():
+                raise
+            raise StoreUnavailable(
+                f"{self._outlet.destination}: held up the shared read for {self._limits.detach_after_s:g} s; "
+                f"it is sent later, by a read of its own"
+            ) from None
+
+    def _end_sending(self) -> None:
+        self._is_detached = True
+        with contextlib.suppress(RuntimeError):  # it has not begun, or has just ended by itself
+            self._sending.reschedule(self._loop.time())
 
     # ---- the store's side: see stores.interface.Body ----------------------------------------------------
 
@@ -338,7 +360,8 @@ async def _joined(threads: Sequence[threading.Thread]) -> None:
 
     def join() -> None:
         for thread in threads:
-            thread.join()
+            if thread.ident is not None:  # else it could not be started
+                thread.join()
 
     waiting = asyncio.ensure_future(asyncio.get_running_loop().run_in_executor(None, join))
     cancelled: asyncio.CancelledError | None = None

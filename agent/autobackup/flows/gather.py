@@ -188,8 +188,7 @@ def _entry(
 
 
 def _health(held: HeldFile, member: str, disk: HeldDisk) -> Health:
-    head = os.pread(disk.fd, qcow2.HEADER_READ_BYTES, 0)
-    mistrusted = qcow2.mistrust(head, chain=held.chain, chain_source=held.chain_source)
+    mistrusted = qcow2.mistrust(qcow2.read_head(disk.fd), chain=held.chain, chain_source=held.chain_source)
     return qcow2.check(disk.path, member=member, mistrusted=mistrusted)
 
 

@@ -63,7 +63,7 @@ def chain_by_header(fd: int, format_name: str, instances_path: str) -> tuple[Cha
     if format_name != "qcow2":
         return ()
     try:
-        header = qcow2.parse_header(os.pread(fd, qcow2.HEADER_READ_BYTES, 0))
+        header = qcow2.parse_header(qcow2.read_head(fd))
     except Damaged:
         return ()
     path, cache = header.backing_path, os.path.join(instances_path, "_base")

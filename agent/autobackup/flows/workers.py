@@ -6,6 +6,7 @@ heavy calls keep the loop's p99 within 10 ms of an idle one.
 """
 
 import asyncio
+import contextlib
 import os
 import threading
 from collections.abc import Callable
@@ -25,8 +26,21 @@ class Workers:
         self._pool = ThreadPoolExecutor(threads, "work", initializer=be_nice)
 
     async def blocking(self, work: Callable[[], _Result]) -> _Result:
-        """Run what mostly waits for the disk."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+        """
+        Run what mostly waits for the disk.
+
+        Cancelled, it ends when the work has ended: a thread cannot be stopped, and its caller would close a file
+        under it, or remove a folder that it still fills.
+        """
+        running = self._pool.submit(work)
+        done = asyncio.wrap_future(running)
+        try:
+            return await asyncio.shield(done)
+        except asyncio.CancelledError:
+            while not running.cancel() and not done.done():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait({done})
+            raise
 
     async def heavy(self, work: Callable[[], _Result]) -> _Result:
         """Run what mostly computes, when a CPU token is free."""

@@ -30,9 +30,9 @@ from autobackup.rules.termination import Place
 
 _UUID: Final = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 _FOLDER: Final = re.compile(rf"({_UUID.pattern})(|_del|_resize)")
-_DISK: Final = re.compile(r"disk|disk\.local|disk\.eph\d+|disk\.swap|disk\.config|disk\.rescue|console\.log")
+_DISK: Final = re.compile(r"disk|disk\.local|disk\.eph[0-9]+|disk\.swap|disk\.config|disk\.rescue|console\.log")
 _OUTSIDE: Final = re.compile(r"nvram|swtpm\.[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")  # firmware state
-_CLAIM: Final = re.compile(rf"({_UUID.pattern})\.({_DISK.pattern}|{_OUTSIDE.pattern})\.(\d+)")
+_CLAIM: Final = re.compile(rf"({_UUID.pattern})\.({_DISK.pattern}|{_OUTSIDE.pattern})\.([1-9][0-9]*)")
 _PLACES: Final = {"": Place.INSTANCE, "_resize": Place.RESIZE, "_del": Place.DELETED}  # by the folder's suffix
 IsOwned: TypeAlias = Callable[[int, Callable[[], DiskIdentity | None]], bool]
 _TRIES: Final = 10  # a disk that is replaced ten times between stat and link is not worth more

@@ -9,6 +9,7 @@ Invariant 5. Source of the layout: QEMU, docs/interop/qcow2.txt.
 """
 
 import json
+import os
 import resource
 import struct
 import subprocess
@@ -21,7 +22,7 @@ from autobackup.errors import Damaged
 from autobackup.model import ChainLink
 from autobackup.units import GiB
 
-HEADER_READ_BYTES: Final = 4096
+_HEADER_READ_BYTES: Final = 4096
 _MAGIC: Final = b"QFI\xfb"
 _FIXED: Final = struct.Struct(">4sIQIIQIIQQIIQ")  # up to snapshots_offset
 _V3: Final = struct.Struct(">QQQII")
@@ -45,8 +46,16 @@ class Qcow2Header:
     is_marked_corrupt: bool
 
 
+def read_head(fd: int) -> bytes:
+    """What `parse_header` and `mistrust` look at; empty if the medium fails there."""
+    try:
+        return os.pread(fd, _HEADER_READ_BYTES, 0)
+    except OSError:
+        return b""
+
+
 def parse_header(head: bytes) -> Qcow2Header:
-    """Read a header from the first `HEADER_READ_BYTES` of a disk. Raises `Damaged` where it makes no sense."""
+    """Read a header from the head of a disk. Raises `Damaged` where it makes no sense."""
     if len(head) < _FIXED.size or head[:4] != _MAGIC:
         raise Damaged("no qcow2 header")
     fixed = _FIXED.unpack_from(head)

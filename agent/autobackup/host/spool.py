@@ -50,6 +50,7 @@ from autobackup.model import (
 _log = logs.get("host.spool")
 _FOLDERS: Final = ("claims", "bases", "instances", "jobs", "receipts")
 _NEW: Final = ".new-"
+_NOT_TAKEN_OVER: Final = (JobState.QUEUED, JobState.PARKED, JobState.DISCARDED)  # its links may still be claims
 
 
 class Spool:
@@ -185,11 +186,12 @@ class Spool:
             try:
                 with open(path, "rb") as file:
                     record = decode(JobRecord, file.read(), where=path)
-            except (FileNotFoundError, RecordDamaged) as exc:
+            except (OSError, RecordDamaged) as exc:
                 if self._was_finished(folder):
                     continue
                 _log.error("job.unreadable", job=name, error=str(exc), consequence="its folder is left untouched")
                 self._held[JobId(name)] = _links_in(folder)
+                self.unreadable_jobs.append(str(exc))
                 continue
             self._note_owned(record)
             yield record
@@ -197,12 +199,13 @@ class Spool:
     async def remove_job(self, job: JobId) -> None:
         """The last step: a folder whose links are gone."""
         folder = self.job_folder(job)
-        strangers = [name for name in await aiofiles.os.listdir(folder) if name != "job.json"]
-        if strangers:
-            raise SpoolUnavailable(f"{folder}: holds {', '.join(strangers)}, which the agent did not put there; remove it")
         try:
-            await aiofiles.os.unlink(os.path.join(folder, "job.json"))
-            await aiofiles.os.rmdir(folder)
+            with contextlib.suppress(FileNotFoundError):
+                strangers = ", ".join(name for name in await aiofiles.os.listdir(folder) if name != "job.json")
+                if strangers:
+                    raise SpoolUnavailable(f"{folder}: holds {strangers}, which the agent did not put there; remove it")
+                await aiofiles.os.unlink(os.path.join(folder, "job.json"))
+                await aiofiles.os.rmdir(folder)
             await asyncio.to_thread(sync_folder, self._at("jobs"))
         except OSError as exc:
             raise SpoolUnavailable(f"{folder}: {exc.strerror}") from exc
@@ -210,16 +213,19 @@ class Spool:
         self._kept.pop(job, None)
 
     def _note_owned(self, record: JobRecord) -> None:
-        if record.state is JobState.KEPT:
-            self._held.pop(record.job, None)
+        if record.still_named:
             # as they were when last read: they may have changed since they were claimed
             self._kept[record.job] = frozenset(record.first_read.get(held.link, held.identity) for held in record.files)
+        if record.state is JobState.KEPT:
+            self._held.pop(record.job, None)
             return
-        folders = [self.job_folder(record.job)]
-        if record.state in (JobState.QUEUED, JobState.PARKED, JobState.DISCARDED):  # not taken over yet, perhaps
-            folders.append(self._at("claims"))
+        folder, may_be_claims = self.job_folder(record.job), record.state in _NOT_TAKEN_OVER
         self._held[record.job] = {
-            held.identity.inode: tuple(os.path.join(folder, held.link) for folder in folders) for held in record.files
+            held.identity.inode: (
+                os.path.join(folder, held.link),
+                *((self._at("claims", held.link),) if may_be_claims and self._is_claimed(held) else ()),
+            )
+            for held in record.files
         }
 
     def _is_claimed(self, held: HeldFile) -> bool:
@@ -267,7 +273,15 @@ class Spool:
     # ---- inside -----------------------------------------------------------------------------------------
 
     async def _write(self, path: str, data: bytes) -> None:
-        await self._with_reserve(partial(self._write_once, path, data), path)
+        # to its end even when cancelled: else a thread goes on writing where the next record of this name goes
+        writing = asyncio.ensure_future(self._with_reserve(partial(self._write_once, path, data), path))
+        try:
+            await asyncio.shield(writing)
+        except asyncio.CancelledError:
+            while not writing.done():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait({writing})
+            raise
 
     async def _with_reserve(self, work: Callable[[], Awaitable[None]], path: str) -> None:
         """Do *work*; where the filesystem is full, do it again with the reserve given up."""
@@ -313,8 +327,12 @@ class Spool:
             with open(path, encoding="ascii") as file:
                 owner = file.read().strip()
         except FileNotFoundError:
-            with open(path, "x", encoding="ascii") as file:
+            owner = ""
+        if not owner:  # or a power cut came before its content
+            with open(path, "w", encoding="ascii") as file:
                 file.write(self._host_id + "\n")
+                file.flush()
+                os.fsync(file.fileno())
             return
         if owner != self._host_id:
             raise ConfigError(
@@ -327,5 +345,8 @@ class Spool:
 
 
 def _links_in(folder: str) -> dict[int, tuple[str]]:
-    with os.scandir(folder) as entries:
-        return {entry.inode(): (entry.path,) for entry in entries}
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.inode(): (entry.path,) for entry in entries}
+    except (FileNotFoundError, NotADirectoryError):  # a stranger among the jobs holds no links
+        return {}

@@ -166,7 +166,6 @@ class Watch:
             folders = [e.name for e in entries if parse_folder(e.name) and e.is_dir(follow_symlinks=False)]
         for folder_name in folders:
             self._enter(folder_name, "scan")
-        self._claims.sync()
         for instance in self._claims.instances():
             self._on_scan(instance)
 

@@ -34,6 +34,7 @@ from autobackup.metrics import Metrics
 from autobackup.model import DestinationName, JobRecord
 from autobackup.service import supervisor
 from autobackup.service.api import Api
+from autobackup.service.heap import keep_buffers
 from autobackup.service.systemd import Notify
 from autobackup.stores import Store, open_keys, open_store
 
@@ -262,6 +263,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=DEFAULT_PATH, metavar="FILE", help="default: %(default)s")
     arguments = parser.parse_args()
     logs.configure()
+    keep_buffers()
     try:
         config = load(arguments.config)
         asyncio.run(_run(config))

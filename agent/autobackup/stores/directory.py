@@ -200,23 +200,27 @@ class _Partial:
     A file on its way to a name.
 
     One call at a time, whichever thread it comes from: who gave up waiting for one discards while it may still run.
+    Names are relative to the folder as it was at the start: one that is unmounted or renamed in the middle gets the
+    whole file or nothing, and what lies below the mount point gets nothing at all.
     """
 
     def __init__(self, path: str, final: str) -> None:
         self._path = path
         self._final = final
         self._lock = threading.Lock()
-        self._fd = -1
-        self._made: list[str] = []  # files of ours that have no name in the store yet
+        self._fd = self._folder_fd = -1
+        self._made: list[str] = []  # names of files of ours that have no name in the store yet
         self._is_discarded = False
         self._unsynced_bytes = self._synced_bytes = 0
 
     def open(self) -> None:
         with self._lock:
+            self._require_wanted()
             if os.path.lexists(self._final):
                 raise StoreRefused(f"{self._final}: exists; an attempt id is used once")
+            self._folder_fd = os.open(os.path.dirname(self._final), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
-                self._fd = self._make(self._path)
+                self._fd = self._make(os.path.basename(self._path))
             except FileExistsError:
                 raise StoreRefused(f"{self._path}: exists; an attempt id is used once") from None
 
@@ -232,35 +236,44 @@ class _Partial:
     def commit(self, metadata_path: str, metadata: bytes) -> None:
         with self._lock:
             self._sync()
-            self._close()
-            with open(self._make(self._path + ".json"), "wb") as file:
+            name = os.path.basename(self._path)
+            with open(self._make(name + ".json"), "wb") as file:
                 file.write(metadata)
                 file.flush()
                 os.fsync(file.fileno())
-            os.rename(self._path + ".json", metadata_path)
-            os.rename(self._path, self._final)
+            self._rename(name + ".json", os.path.basename(metadata_path))
+            self._rename(name, os.path.basename(self._final))
             self._made.clear()
-            sync_folder(os.path.dirname(self._final))
+            os.fsync(self._folder_fd)
+            self._close()
 
     def discard(self) -> None:
         with self._lock:
             self._is_discarded = True
-            self._close()
             for leftover in self._made:
                 with contextlib.suppress(OSError):
-                    os.unlink(leftover)
+                    os.unlink(leftover, dir_fd=self._folder_fd)
+            self._close()
 
-    def _make(self, path: str) -> int:
-        if self._is_discarded:
-            raise StoreUnavailable(f"{path}: given up before it was begun")
-        fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        self._made.append(path)
+    def _make(self, name: str) -> int:
+        self._require_wanted()
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+        fd = os.open(name, flags, 0o600, dir_fd=self._folder_fd)
+        self._made.append(name)
         return fd
 
+    def _require_wanted(self) -> None:
+        if self._is_discarded:
+            raise StoreUnavailable(f"{self._path}: given up before it was begun")
+
+    def _rename(self, old: str, new: str) -> None:
+        os.rename(old, new, src_dir_fd=self._folder_fd, dst_dir_fd=self._folder_fd)
+
     def _close(self) -> None:
-        if self._fd >= 0:
-            fd, self._fd = self._fd, -1
-            os.close(fd)
+        fds, self._fd, self._folder_fd = (self._fd, self._folder_fd), -1, -1
+        for fd in fds:
+            if fd >= 0:
+                os.close(fd)
 
     def _sync(self) -> None:
         os.fdatasync(self._fd)

@@ -9,12 +9,13 @@ import click
 
 from autobackup.service.cli import backups, queue, setup
 from autobackup.service.cli.output import ErrorsToExitCodes
+from autobackup.service.heap import keep_buffers
 
 
 @click.group(cls=ErrorsToExitCodes, context_settings={"help_option_names": ["-h", "--help"]}, help=__doc__)
 @click.version_option(package_name="autobackup")
 def main() -> None:
-    pass
+    keep_buffers()
 
 
 for command in (*backups.COMMANDS, *queue.COMMANDS, *setup.COMMANDS):

@@ -4,6 +4,7 @@ they work on any machine that has a store at hand and the key: `--from FOLDER --
 """
 
 import asyncio
+import signal
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -224,4 +225,6 @@ def _run(work: Callable[[], Awaitable[_Result]]) -> _Result:
     async def whole() -> _Result:
         return await work()
 
+    # SIGTERM ends it as Ctrl-C does: what a restore has half written is removed
+    signal.signal(signal.SIGTERM, lambda _signo, _frame: signal.raise_signal(signal.SIGINT))
     return asyncio.run(whole())
