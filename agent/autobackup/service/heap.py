@@ -14,9 +14,9 @@ from autobackup.units import MiB
 _M_TRIM_THRESHOLD: Final = -1  # <malloc.h>
 _M_MMAP_THRESHOLD: Final = -3
 _M_ARENA_MAX: Final = -8
-_KEPT_BYTES: Final = 32 * MiB  # free at the top of an arena before it is trimmed
-_MAPPED_FROM_BYTES: Final = 8 * MiB
-_ARENAS: Final = 2  # what one thread frees, another can use
+_KEPT_BYTES: Final = 8 * MiB  # free at the top of the arena before it is trimmed; more gained nothing
+_MAPPED_FROM_BYTES: Final = 2 * MiB  # segments and frames are smaller; what is larger goes back at once
+_ARENAS: Final = 1  # what one thread frees, the next uses: with one for each thread 10 MiB more, and no faster
 
 
 def keep_buffers() -> None:

@@ -1,0 +1,170 @@
+"""
+The agent, with a death (or a coma) in its future.
+
+    python -m tests.crash.mortal_agent --config FILE      with AUTOBACKUP_MORTAL in the environment:
+
+    before:JOB[/COPY]   right before a record with this job state (and a copy in this state) is journaled:
+                        its previous effect has happened, nothing says so yet
+    after:JOB[/COPY]    right after it was journaled, before anything follows from it
+    put:BYTES           in the middle of a put, when so many bytes were given to the store
+    name                at the end of a put: the store has named the object, and nobody knows yet
+    delete              before the store deletes an attempt
+    scrub               in the middle of a scrub, if the method is `mortal` (see `install_scrub_method`)
+
+Several are separated by blanks. An `!` in front makes it a SIGSTOP: the test does what it likes to the world and
+sends SIGCONT. `#N` behind waits for the N-th time. Each happens once; started without the variable, this is the
+plain agent. Everything goes through the seams of `Agent` and the entry points of a site: nothing is patched.
+"""
+
+import argparse
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from autobackup import logs
+from autobackup.config import Destination, load
+from autobackup.host.scrub_methods import zero
+from autobackup.model import AttemptId, JobRecord
+from autobackup.service.app import Agent
+from autobackup.stores import Body, Chunk, Store, Stored, open_store
+
+MORTAL = "AUTOBACKUP_MORTAL"
+
+
+@dataclass
+class Fate:
+    """One thing that is to happen, and when."""
+
+    moment: str
+    signo: signal.Signals
+    left: int = 1
+
+    def strike(self, moment: str) -> None:
+        if moment == self.moment and self.left > 0:
+            self.left -= 1
+            if self.left == 0:
+                os.kill(os.getpid(), self.signo)
+
+
+class Fates(list[Fate]):
+    def strike(self, *moments: str) -> None:
+        for moment in moments:
+            for fate in self:
+                fate.strike(moment)
+
+    def strike_at(self, kind: str, record: JobRecord) -> None:
+        copies = {f"{kind}:{record.state}/{copy.state}" for copy in record.copies}
+        self.strike(f"{kind}:{record.state}", *copies)
+
+
+class MortalBody:
+    """A body that strikes as its bytes are taken."""
+
+    def __init__(self, body: Body, fates: Fates) -> None:
+        self._body = body
+        self._fates = fates
+
+    async def __aiter__(self) -> AsyncIterator[Chunk]:
+        marks = sorted(int(fate.moment.partition(":")[2]) for fate in self._fates if fate.moment.startswith("put:"))
+        given_bytes = 0
+        async for chunk in self._body:
+            yield chunk
+            given_bytes += len(chunk)
+            while marks and given_bytes >= marks[0]:
+                self._fates.strike(f"put:{marks.pop(0)}")
+
+    @property
+    def size_bytes(self) -> int:
+        return self._body.size_bytes
+
+    @property
+    def digest(self) -> str:
+        return self._body.digest
+
+
+class MortalStore:
+    """Any store, with the moments of a put and a delete."""
+
+    def __init__(self, store: Store, fates: Fates) -> None:
+        self._store = store
+        self._fates = fates
+
+    @property
+    def digest_algorithm(self) -> str:
+        return self._store.digest_algorithm
+
+    async def check(self) -> None:
+        await self._store.check()
+
+    async def put(self, attempt: AttemptId, body: Body, *, properties: Mapping[str, str]) -> None:
+        await self._store.put(attempt, MortalBody(body, self._fates), properties=properties)
+        self._fates.strike("name")
+
+    async def stat(self, attempt: AttemptId) -> Stored:
+        return await self._store.stat(attempt)
+
+    async def digest(self, attempt: AttemptId) -> str:
+        return await self._store.digest(attempt)
+
+    async def read(self, attempt: AttemptId, *, offset: int, length: int) -> bytes:
+        return await self._store.read(attempt, offset=offset, length=length)
+
+    async def delete(self, attempt: AttemptId) -> None:
+        self._fates.strike("delete")
+        await self._store.delete(attempt)
+
+    async def held(self) -> list[Stored]:
+        return await self._store.held()
+
+
+def read_fates(words: str) -> Fates:
+    fates = Fates()
+    for word in words.split():
+        moment, _, times = word.partition("#")
+        signo = signal.SIGSTOP if moment.startswith("!") else signal.SIGKILL
+        fates.append(Fate(moment=moment.removeprefix("!"), signo=signo, left=int(times or 1)))
+    return fates
+
+
+def scrub(fd: int, ranges: Iterable[tuple[int, int]], size_bytes: int) -> None:
+    """The scrub method `mortal`: `zero`, with a death after its first half."""
+    everything = list(ranges)
+    half = [(start, length // 2) for start, length in everything]
+    zero(fd, half, size_bytes)
+    read_fates(os.environ.get(MORTAL, "")).strike("scrub")
+    zero(fd, everything, size_bytes)
+
+
+def install_scrub_method(folder: Path) -> None:
+    """Make *folder*, put on PYTHONPATH, a site's package with the entry point `mortal`."""
+    metadata = folder / "mortal_scrub-1.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: mortal-scrub\nVersion: 1\n")
+    (metadata / "entry_points.txt").write_text("[autobackup.scrub]\nmortal = mortal_scrub:scrub\n")
+    (folder / "mortal_scrub.py").write_text(Path(__file__).read_text())
+
+
+async def run(config: Path, fates: Fates) -> None:
+    def make_store(destination: Destination) -> Store:
+        return MortalStore(open_store(destination), fates)
+
+    await Agent(
+        load(config),
+        intend=lambda record: fates.strike_at("before", record),
+        observe=lambda record: fates.strike_at("after", record),
+        open_store=make_store,
+    ).run()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--config", type=Path, required=True)
+    logs.configure()
+    asyncio.run(run(parser.parse_args().config, read_fates(os.environ.get(MORTAL, ""))))
+
+
+if __name__ == "__main__":
+    main()
