@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import libvirt
-
 from tests.lab import guest
 from tests.lab.agent import AgentProcess, wait_until
 from tests.lab.filesystem import loop_filesystem, scan_for
@@ -43,7 +42,7 @@ def main() -> int:
         agent = AgentProcess(HOME, instances, uri=hypervisor.uri, stores=["store"], run_folder=place.folder("run"))
         with Compute(hypervisor.uri, instances) as compute, agent:
             say("the agent is up: it watches the instances folder and libvirt's events")
-            facts, marker, instance = live_and_die(compute, agent, filesystem.image_path)
+            facts, marker = live_and_die(compute, agent, filesystem.image_path)
         shutil.copytree(agent.spool / "receipts", HOME / "receipts")
         filesystem.unmount()
         remains = scan_for(filesystem.image_path, [marker])[marker]
@@ -58,8 +57,8 @@ def main() -> int:
     return 0 if kept and facts["restored_identical"] and not found else 1
 
 
-def live_and_die(compute: Compute, agent: AgentProcess, image: Path) -> tuple[dict[str, Any], bytes, Instance]:
-    """Boot, write, terminate, seal, restore. The facts for the last line, the guest's marker, the instance."""
+def live_and_die(compute: Compute, agent: AgentProcess, image: Path) -> tuple[dict[str, Any], bytes]:
+    """Boot, write, terminate, seal, restore. The facts for the last line, and the guest's marker."""
     with claim_timed(agent.instances_path) as claim_ms:
         instance = compute.spawn(name="demo", nova_metadata=False)
     compute.wait_for(instance)
@@ -104,7 +103,7 @@ def live_and_die(compute: Compute, agent: AgentProcess, image: Path) -> tuple[di
         "scrubbed": receipt["scrub"]["scrubbed"] and not held,
         "restored_identical": identical,
     }
-    return facts, marker, instance
+    return facts, marker
 
 
 @contextmanager

@@ -387,5 +387,3 @@ def parked_job(agent: AgentProcess) -> str:
 def order(agent: AgentProcess, what: str, job: str, *more: str) -> None:
     """An order may meet the agent's death; then it was given, not answered."""
     agent.cli("queue", "--socket", str(agent.socket), what, job, *more, check=False)
-
-

@@ -167,5 +167,3 @@ def assert_nothing_lost(agent: AgentProcess, ended: list[Life]) -> None:
     lost = [life.instance.uuid for life in ended if life.is_owed and life.instance.uuid not in captured]
     assert not lost
     assert sorted(receipt["copies"][0]["attempt"]["attempt"] for receipt in receipts) == bundles(agent)
-
-

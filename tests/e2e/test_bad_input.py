@@ -711,9 +711,7 @@ def attempt_of(receipt: dict[str, object]) -> str:
 
 def captures(agent: AgentProcess) -> list[str]:
     """The digest of the root disk on every receipt of a scrub."""
-    return [
-        one["member_sha256"].get("disks/disk", "") for one in agent.receipts() if one["scrub"]["scrubbed"]
-    ]
+    return [one["member_sha256"].get("disks/disk", "") for one in agent.receipts() if one["scrub"]["scrubbed"]]
 
 
 def chain_known(agent: AgentProcess, instance: Instance) -> bool:

@@ -25,7 +25,7 @@ from tests.lab.workspace import PARENT, Workspace
 
 DEFINED, REDEFINED, UNDEFINED = (0, 0), (0, 1), (1, 0)
 STARTED, RESUMED = (2, 0), (4, 0)
-GUEST_OFF, OFF = (6, 1), (5, 0)           # the guest went by itself
+GUEST_OFF, OFF = (6, 1), (5, 0)  # the guest went by itself
 HOST_OFF, DESTROYED = (6, 2), (5, 1)
 BOOTED = [RESUMED, STARTED]
 KILLED = [HOST_OFF, DESTROYED]
@@ -193,9 +193,7 @@ def test_a_rescue_puts_another_disk_first(compute: Compute, listener: EventListe
     assert codes(listener, instance, 13) == [DEFINED, *BOOTED, *WENT, *reboot, *KILLED, *reboot]
 
 
-def test_a_rebuild_looks_like_a_delete_until_it_is_defined_again(
-    compute: Compute, listener: EventListener
-) -> None:
+def test_a_rebuild_looks_like_a_delete_until_it_is_defined_again(compute: Compute, listener: EventListener) -> None:
     instance = compute.spawn()
     compute.wait_for(instance)
     claim = link(instance)
@@ -299,9 +297,7 @@ def test_two_hypervisors_know_nothing_of_each_other(
     assert compute.domain(instance).isActive()
 
 
-def test_domains_outlive_a_kill_of_libvirtd(
-    hypervisor: Hypervisor, compute: Compute, listener: EventListener
-) -> None:
+def test_domains_outlive_a_kill_of_libvirtd(hypervisor: Hypervisor, compute: Compute, listener: EventListener) -> None:
     instance = compute.spawn()
     compute.wait_for(instance)
     qemu, libvirtd = hypervisor.qemu_pid(instance.uuid), hypervisor.libvirtd_pid
@@ -330,9 +326,7 @@ def test_a_stopped_libvirtd_hangs_and_goes_on(hypervisor: Hypervisor) -> None:
     subprocess.run(ask, check=True, timeout=20)
 
 
-def test_a_killed_qemu_is_seen_at_once(
-    hypervisor: Hypervisor, compute: Compute, listener: EventListener
-) -> None:
+def test_a_killed_qemu_is_seen_at_once(hypervisor: Hypervisor, compute: Compute, listener: EventListener) -> None:
     """It would be a zombie for a while if nobody reaped it."""
     instance = compute.spawn()
     compute.wait_for(instance)
@@ -407,9 +401,7 @@ def test_a_storm_of_cycles_is_heard_in_full(hypervisor: Hypervisor, instances_pa
 
 
 @pytest.mark.parametrize("kind", ["ext4", "xfs"])
-def test_a_deleted_disk_is_still_on_the_raw_device(
-    hypervisor: Hypervisor, kind: Literal["ext4", "xfs"]
-) -> None:
+def test_a_deleted_disk_is_still_on_the_raw_device(hypervisor: Hypervisor, kind: Literal["ext4", "xfs"]) -> None:
     """What the scrub must prevent, and the scanner must be able to see."""
     with loop_filesystem(kind) as filesystem:
         with Compute(hypervisor.uri, filesystem.mount_point) as compute:

@@ -45,9 +45,7 @@ def test_libvirtd_is_absent_at_the_start(scene: Scene) -> None:
     assert agent.is_ready()
 
 
-def test_libvirtd_is_killed_and_restarted_over_a_running_guest(
-    hypervisor: Hypervisor, workspace: Workspace
-) -> None:
+def test_libvirtd_is_killed_and_restarted_over_a_running_guest(hypervisor: Hypervisor, workspace: Workspace) -> None:
     """A real guest on a real QEMU lives through it; its last state is what comes back."""
     with Scene.open(hypervisor, workspace, qemu=True) as scene:
         stopped: dict[Step, str] = {}

@@ -435,4 +435,3 @@ def edit(path: Path, head: bytes) -> None:
         assert file.read(HEADER_BYTES) != head
         file.seek(0)
         file.write(head)
-

@@ -379,9 +379,7 @@ DAMAGES = (
     [*((damage, "fast") for damage in DAMAGES), (flip_in_the_middle, "readback"), (cut, "readback")],
 )
 @in_company
-def test_what_was_damaged_in_the_store_is_sent_again(
-    scene: Scene, damage: Callable[[Path], None], verify: str
-) -> None:
+def test_what_was_damaged_in_the_store_is_sent_again(scene: Scene, damage: Callable[[Path], None], verify: str) -> None:
     agent = scene.agent(command=mortal("!after:sending/sent"), verify=verify)
     agent.start()
     instance = spawn_known(scene.compute, agent)
@@ -474,9 +472,7 @@ def assert_not_scrubbed(agent: AgentProcess, sha256: str) -> None:
 
 def order(agent: AgentProcess, what: str, job: str, *more: str) -> None:
     """A job that is being worked on is refused: try again, as the answer says."""
-    wait_until(
-        lambda: not agent.cli("queue", "--socket", str(agent.socket), what, job, *more, check=False).returncode
-    )
+    wait_until(lambda: not agent.cli("queue", "--socket", str(agent.socket), what, job, *more, check=False).returncode)
 
 
 def stat_of(agent: AgentProcess) -> str:

@@ -148,7 +148,8 @@ class AgentProcess:
 
     def is_ready(self) -> bool:
         if self.process is not None and self.process.poll() is not None:
-            raise AssertionError(f"the agent ended with {self.process.returncode}:\n{self.log_path.read_text()[-4000:]}")
+            log = self.log_path.read_text()[-4000:]
+            raise AssertionError(f"the agent ended with {self.process.returncode}:\n{log}")
         try:
             return self.ask("/readyz")[0] == 200
         except OSError:
@@ -164,7 +165,8 @@ class AgentProcess:
         return [json.loads(line) for line in lines if line.startswith("{")]
 
     def events(self, event: str, **keys: object) -> list[dict[str, Any]]:
-        return [line for line in self.log() if line["event"] == event and all(line.get(k) == v for k, v in keys.items())]
+        lines = [line for line in self.log() if line["event"] == event]
+        return [line for line in lines if all(line.get(key) == value for key, value in keys.items())]
 
     def claims(self, uuid: str = "") -> list[str]:
         folder = self.spool / "claims"

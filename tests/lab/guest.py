@@ -25,8 +25,8 @@ MiB: Final = 1 << 20
 VIRTUAL_BYTES: Final = 64 * MiB
 SEED_BYTES: Final = 32
 SECTOR_BYTES: Final = 512
-BLOCK_BYTES: Final = 32 * KiB           # what the guest writes in one BIOS call
-MARKER_EVERY_BYTES: Final = 4 * KiB     # so that no page of its data can hide
+BLOCK_BYTES: Final = 32 * KiB  # what the guest writes in one BIOS call
+MARKER_EVERY_BYTES: Final = 4 * KiB  # so that no page of its data can hide
 HEARTBEAT_OFFSET: Final = 8 * SECTOR_BYTES
 
 TEXT_UP: Final = b"GUEST-UP"
@@ -41,11 +41,11 @@ _SOURCE: Final = Path(__file__).with_name("guest.S")
 class Mode(StrEnum):
     """What the guest does once it has written its data."""
 
-    HEARTBEAT = "H"    # rewrites a counter at 18 Hz; goes off at the power button
-    DEAF = "D"         # the same, but ignores the power button
-    IDLE = "I"         # writes nothing more; goes off at the power button
-    STOP = "S"         # cli, hlt: the domain stays active
-    POWER_OFF = "P"    # goes off by itself
+    HEARTBEAT = "H"  # rewrites a counter at 18 Hz; goes off at the power button
+    DEAF = "D"  # the same, but ignores the power button
+    IDLE = "I"  # writes nothing more; goes off at the power button
+    STOP = "S"  # cli, hlt: the domain stays active
+    POWER_OFF = "P"  # goes off by itself
 
 
 def new_seed() -> bytes:
@@ -101,9 +101,7 @@ def base_regions() -> tuple[tuple[int, bytes], ...]:
     return ((1 * MiB, hashlib.shake_256(b"content of the base image").digest(256 * KiB)),)
 
 
-def build_base(
-    path: Path, *, virtual_bytes: int = VIRTUAL_BYTES, seed: bytes, mode: Mode = Mode.HEARTBEAT
-) -> None:
+def build_base(path: Path, *, virtual_bytes: int = VIRTUAL_BYTES, seed: bytes, mode: Mode = Mode.HEARTBEAT) -> None:
     """Make a sparse raw base image that boots the guest of *seed*."""
     _check_seed(seed)
     table = b"".join(

@@ -28,7 +28,14 @@ from tests.lab.init import DAEMONS, TREES
 from tests.lab.workspace import workspace
 
 NEEDED_PROGRAMS: Final = (
-    *DAEMONS.values(), "unshare", "mount", "qemu-system-x86_64", "qemu-img", "qemu-nbd", "as", "ld"
+    *DAEMONS.values(),
+    "unshare",
+    "mount",
+    "qemu-system-x86_64",
+    "qemu-img",
+    "qemu-nbd",
+    "as",
+    "ld",
 )
 
 _CONFIG: Final = {

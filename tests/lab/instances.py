@@ -28,7 +28,7 @@ from tests.lab.server import Disks, Image, Instance, Step
 __all__ = ["Compute", "Disks", "Facts", "Image", "Instance", "Step", "guest_view_read", "guest_view_sha256"]
 
 _CONSOLE_TIMEOUT_S: Final = 30.0
-_PRESS_EVERY_S: Final = 1.0             # Nova: 10 s
+_PRESS_EVERY_S: Final = 1.0  # Nova: 10 s
 
 
 class Compute:

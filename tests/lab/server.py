@@ -20,8 +20,8 @@ class Step(StrEnum):
     STARTED = "started"
     STOPPED = "stopped"
     UNDEFINED = "undefined"
-    RENAMED = "renamed"        # <uuid> to <uuid>_del or _resize, or back
-    UNLINKED = "unlinked"      # the folder and every name in it
+    RENAMED = "renamed"  # <uuid> to <uuid>_del or _resize, or back
+    UNLINKED = "unlinked"  # the folder and every name in it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
