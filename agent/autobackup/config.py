@@ -110,6 +110,7 @@ class LibvirtSection:
     call_timeout_s: Deadline = 30.0  # a destroy of any domain blocks every other call: 0.2 to 10 s measured
     keepalive_interval_s: Deadline = 5.0  # a hung daemon is noticed after 4 intervals
     reconnect_longest_s: Deadline = 10.0
+    swtpm_path: AbsolutePath = Path("/var/lib/libvirt/swtpm")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -586,6 +586,49 @@ def test_an_agent_that_slept_through_the_whole_end_finds_it(scene: Scene) -> Non
     assert receipt["not_captured"] == {}
 
 
+def with_firmware(instance: Instance, nvram: Path) -> str:
+    """A domain with NVRAM and an emulated TPM, which libvirt keeps outside the instances folder."""
+    return (
+        f"<domain type='test'><name>{instance.domain_name}</name><uuid>{instance.uuid}</uuid>"
+        f"<memory unit='KiB'>65536</memory><os><type>hvm</type>"
+        f"<loader readonly='yes' type='pflash'>/usr/share/OVMF.fd</loader><nvram>{nvram}</nvram></os><devices>"
+        f"<disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{instance.disk}'/>"
+        f"<target dev='vda' bus='virtio'/></disk><tpm model='tpm-crb'>"
+        f"<backend type='emulator' version='2.0'/></tpm></devices></domain>"
+    )
+
+
+@in_company
+def test_firmware_state_on_the_same_mount_is_held_past_the_undefine(scene: Scene) -> None:
+    """NVRAM and TPM state die with the undefine; swtpm replaces its file, so the last one must be the one held."""
+    swtpm = scene.home / "swtpm"
+    agent = scene.agent(more=f'[libvirt]\nswtpm_path = "{swtpm}"\n')
+    agent.start()
+    instance = scene.compute.spawn(until=Step.DISKS_MADE)
+    nvram, tpm = scene.home / "vars.fd", swtpm / instance.uuid / "tpm2" / "tpm2-00.permall"
+    nvram.write_bytes(b"efi variables")
+    tpm.parent.mkdir(parents=True)
+    tpm.write_bytes(b"old state")
+    scene.compute.connection.defineXML(with_firmware(instance, nvram))
+    scene.compute.domain(instance).create()
+    wait_until(lambda: len(agent.claims(instance.uuid)) >= 3)
+    (tpm.parent / "new").write_bytes(b"sealed by the TPM")
+    (tpm.parent / "new").rename(tpm)
+    scene.compute.domain(instance).suspend()  # any event is a reason to look
+    wait_until(lambda: f"{instance.uuid}.swtpm.tpm2-00.permall.{tpm.stat().st_ino}" in agent.claims(instance.uuid))
+
+    scene.compute.terminate(instance)
+    nvram.unlink()
+    shutil.rmtree(swtpm)
+    receipt = agent.receipt_of(instance.uuid)
+    bring_back(agent, attempt_of(receipt), scene.home / "restored")
+
+    assert (scene.home / "restored/nvram/nvram").read_bytes() == b"efi variables"
+    assert (scene.home / "restored/swtpm/tpm2-00.permall").read_bytes() == b"sealed by the TPM"
+    assert not {"nvram", "swtpm"} & set(receipt["not_captured"])
+    assert receipt["scrub"]["scrubbed"]
+
+
 @in_company
 def test_firmware_state_that_cannot_be_held_is_named_with_the_reason(scene: Scene) -> None:
     agent = scene.agent()
@@ -594,15 +637,7 @@ def test_firmware_state_that_cannot_be_held_is_named_with_the_reason(scene: Scen
         nvram = elsewhere / "vars.fd"
         nvram.write_bytes(b"efi")
         instance = scene.compute.spawn(until=Step.DISKS_MADE)
-        xml = (
-            f"<domain type='test'><name>{instance.domain_name}</name><uuid>{instance.uuid}</uuid>"
-            f"<memory unit='KiB'>65536</memory><os><type>hvm</type>"
-            f"<loader readonly='yes' type='pflash'>/usr/share/OVMF.fd</loader><nvram>{nvram}</nvram></os><devices>"
-            f"<disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{instance.disk}'/>"
-            f"<target dev='vda' bus='virtio'/></disk><tpm model='tpm-crb'>"
-            f"<backend type='emulator' version='2.0'/></tpm></devices></domain>"
-        )
-        scene.compute.connection.defineXML(xml)
+        scene.compute.connection.defineXML(with_firmware(instance, nvram))
         scene.compute.domain(instance).create()
         wait_until(lambda: knows(agent, instance))
         sha256 = sha256_of(instance.disk)

@@ -186,9 +186,15 @@ class Backup:
         if os.path.lexists(path):
             os.unlink(path)
 
-    def _name_of(self, record: JobRecord, held: HeldFile) -> str:
+    def _other_name(self, record: JobRecord, held: HeldFile) -> str | None:
+        """The name that somebody else still has for the inode of *held*, where one is to be expected."""
         found = named_path(self._spool.instances_path, record.instance, held.disk, held.identity.inode)
-        return found or f"an unknown name of inode {held.identity.inode}"
+        if found is None and os.path.lexists(held.source_path):  # firmware state lies elsewhere
+            found = held.source_path if os.lstat(held.source_path).st_ino == held.identity.inode else None
+        return found
+
+    def _name_of(self, record: JobRecord, held: HeldFile) -> str:
+        return self._other_name(record, held) or f"an unknown name of inode {held.identity.inode}"
 
     # ---- ends -------------------------------------------------------------------------------------------
 
@@ -215,10 +221,7 @@ class Backup:
             await self._workers.blocking(partial(self._unlink_ours, record, held))
         if not self._spool.has_receipt(record.job):
             await self._spool.write_receipt(record.job, receipt(record))
-        gone = all(
-            named_path(self._spool.instances_path, record.instance, held.disk, held.identity.inode) is None
-            for held in record.files
-        )
+        gone = all(self._other_name(record, held) is None for held in record.files)
         if gone:
             await self._jobs.move(record.job, JobEvent.NAME_GONE)
         else:

@@ -25,7 +25,6 @@ from autobackup.model import DiskSource, InstanceId, InstanceRecord
 from autobackup.rules.termination import Place
 
 _log = logs.get("flows.learn")
-_SWTPM_FOLDER = "/var/lib/libvirt/swtpm"
 _WHY = {
     errno.EXDEV: "it lies on another mount than the spool, so it cannot be held past the undefine",
     errno.EPERM: "its filesystem makes no hard links",
@@ -44,14 +43,14 @@ class Learn:
         spool: Spool,
         jobs: Jobs,
         workers: Workers,
-        swtpm_folder: str = _SWTPM_FOLDER,
+        swtpm_path: str,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._claims = claims
         self._spool = spool
         self._jobs = jobs
         self._workers = workers
-        self._swtpm_folder = swtpm_folder
+        self._swtpm_path = swtpm_path
         self._clock = clock
         self._records: dict[InstanceId, InstanceRecord] = {}
         self._missing: dict[InstanceId, dict[str, str]] = {}
@@ -76,7 +75,13 @@ class Learn:
         return dict(self._missing.get(instance, {}))
 
     async def from_answer(self, instance: InstanceId, answer: DomainAnswer) -> InstanceRecord:
-        """Merge what libvirt said, and what the folders show, into the record; journal it if that changed it."""
+        """
+        Merge what libvirt said, and what the folders show, into the record; journal it if that changed it.
+
+        A domain whose root disk is not held here is none of ours: nothing of it is kept.
+        """
+        if not any(claim.is_root for claim in self._claims.of(instance)):
+            return self.known(instance)
         known = self._records.get(instance)
         record = known or InstanceRecord(instance=instance)
         if answer.xml:
@@ -155,11 +160,12 @@ class Learn:
         if record.nvram_path:
             self._hold_outside(record.instance, "nvram", record.nvram_path, missing)
         if record.tpm:
-            folder = os.path.join(self._swtpm_folder, record.instance, "tpm2")
+            folder = os.path.join(self._swtpm_path, record.instance, "tpm2")
             try:
                 names = [name for name in os.listdir(folder) if not name.startswith(".")]
             except OSError as exc:
-                missing["swtpm"] = f"{folder}: {_WHY.get(exc.errno or 0, exc.strerror)}"
+                if not any(claim.disk.startswith("swtpm.") for claim in self._claims.of(record.instance)):
+                    missing["swtpm"] = f"{folder}: {_WHY.get(exc.errno or 0, exc.strerror)}"
             else:
                 for name in names:
                     self._hold_outside(record.instance, f"swtpm.{name}", os.path.join(folder, name), missing)

@@ -75,7 +75,13 @@ class Agent:
             reserve_bytes=config.reserve_bytes,
         )
         self.jobs = Jobs(spool=self.spool, metrics=self.metrics, intend=intend, observe=observe)
-        self.learn = Learn(claims=self.spool.claims, spool=self.spool, jobs=self.jobs, workers=self.workers)
+        self.learn = Learn(
+            claims=self.spool.claims,
+            spool=self.spool,
+            jobs=self.jobs,
+            workers=self.workers,
+            swtpm_path=str(config.libvirt.swtpm_path),
+        )
         destinations = {DestinationName(d.name): d for d in config.destination}
         send = Send(
             jobs=self.jobs,
