@@ -15,6 +15,8 @@ from cryptography.hazmat.primitives.keywrap import aes_key_unwrap_with_padding
 from tink import proto_keyset_format, secret_key_access, streaming_aead
 from tink.proto import aes_gcm_hkdf_streaming_pb2, common_pb2, tink_pb2
 
+if len(sys.argv) != 3:
+    sys.exit(__doc__)
 streaming_aead.register()
 sealed = Path(sys.argv[2]).open("rb")  # noqa: SIM115 - tink closes it
 magic, _, text = (header := sealed.read(4096)).partition(b"\n")

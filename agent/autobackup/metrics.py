@@ -5,7 +5,15 @@ What Prometheus scrapes: one object, built once, passed to the rooms that count.
 from importlib.metadata import version
 from typing import Final
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    disable_created_metrics,
+    generate_latest,
+)
 
 _CLAIM_BUCKETS_S: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
 _STAGE_BUCKETS_S: Final = (0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 12 * 3600)
@@ -15,6 +23,7 @@ class Metrics:
     """Every series of the agent, by Prometheus' naming rules."""
 
     def __init__(self) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter, which nobody asks for
         self.registry = registry = CollectorRegistry()
         Info("autobackup_build", "Version of the agent", registry=registry).info({"version": version("autobackup")})
         self.libvirt_connected = Gauge(

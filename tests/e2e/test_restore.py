@@ -337,7 +337,7 @@ def test_the_exit_statuses_are_those_of_the_manual(capture: Capture, tmp_path: P
         (3, "show", "no-such-backup", *config),
         (3, "keygen", str(capture.agent.keyfile)),
         (5, "verify", capture.attempt, "--from", vault, "--keyfile", str(tmp_path / "none")),
-        (5, "list", "--from", str(tmp_path / "none")),
+        (2, "list", "--from", str(tmp_path / "none")),
         (5, "status", "--socket", str(tmp_path / "none.sock")),
         (3, "queue", "--socket", str(capture.agent.socket), "retry", "no-such-job"),
         (2, "queue", "--socket", str(capture.agent.socket), "discard", "no-such-job"),
@@ -370,6 +370,18 @@ def test_list_finds_by_instance(capture: Capture) -> None:
 
     assert (row["backup"], row["name"], row["destination"]) == (capture.attempt, "db-1", "vault")
     assert none == []
+
+
+def test_a_bundle_without_its_sidecar_is_listed_by_its_own_header(copy: Copy) -> None:
+    """What an analyst is sent is often the sealed file alone."""
+    for sidecar in copy.store.glob("*.json"):
+        sidecar.unlink()
+
+    [row] = json.loads(run("list", "--from", str(copy.store), "-f", "json").stdout)
+
+    assert (row["backup"], row["instance"]) == (copy.attempt, decode(copy.bundle.read_bytes()[:HEADER_BYTES]).instance)
+    assert row["created"].startswith("20")
+    assert row["expires"] not in ("never", "unknown")
 
 
 def test_no_key_is_shown_while_a_restore_runs(capture: Capture, copy: Copy) -> None:

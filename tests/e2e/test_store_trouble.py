@@ -148,9 +148,15 @@ def test_a_store_that_is_gone_in_the_middle_of_a_put_is_waited_for(scene: Scene)
     assert f"{store}: is gone; mount it, or make the folder with: install -d -m 700 {store}" in job["last_error"]
     assert_not_scrubbed(agent, sha256)
     assert job["state"] == "queued"
+    health = agent.ask("/healthz")[1]
+    assert health["status"] == "degraded"
+    assert [words for words in health["degraded"] if f"{store}: is gone" in words]
     store.with_name("away").rename(store)
 
     assert_captured_once(agent, instance, sha256)
+    wait_until(lambda: agent.ask("/healthz")[1]["status"] == "ok")
+    metrics = agent.ask("/metrics")[1]
+    assert 'outcome="StoreUnavailable"' in metrics  # before the read or in the middle of it
 
 
 @in_company

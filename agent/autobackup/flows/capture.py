@@ -128,7 +128,12 @@ class Capture:
         """The candidates that wait, for operators."""
         now_s = time.monotonic()
         return [
-            {"instance": instance, "age_s": round(now_s - seen.undecided_since_s, 1), "reason": seen.reason}
+            {
+                "instance": instance,
+                "name": self._learn.known(instance).name,
+                "age_s": round(now_s - seen.undecided_since_s, 1),
+                "reason": seen.reason,
+            }
             for instance, seen in self._seen.items()
             if seen.undecided_since_s is not None
         ]
@@ -153,7 +158,7 @@ class Capture:
             await self._look(instance, seen)
         except AutobackupError as exc:
             _log.warning("look.failed", instance=instance, kind=type(exc).__name__, error=str(exc))
-            self._look_again(seen, f"the look failed: {exc}", None)
+            self._look_again(instance, seen, f"the look failed: {exc}", None)
         self._metrics.undecided_oldest.set(
             max((time.monotonic() - s.undecided_since_s for s in self._seen.values() if s.undecided_since_s), default=0)
         )
@@ -182,9 +187,9 @@ class Capture:
             else:
                 await self._settle(root, claims, record, verdict, plan)
         if waiting:
-            self._look_again(seen, waiting[0].reason, waiting[0].look_again_s)
+            self._look_again(instance, seen, waiting[0].reason, waiting[0].look_again_s)
         else:
-            seen.undecided_since_s, seen.looks = None, 0
+            seen.undecided_since_s, seen.looks, seen.reason = None, 0, ""
         if not await self._held(instance):
             self._seen.pop(instance, None)
             await self._learn.forget(instance)
@@ -229,8 +234,10 @@ class Capture:
             return Lease.NOT_TRIED
         return Lease.GRANTED
 
-    def _look_again(self, seen: _Seen, reason: str, soon_s: float | None) -> None:
+    def _look_again(self, instance: InstanceId, seen: _Seen, reason: str, soon_s: float | None) -> None:
         now_s = time.monotonic()
+        if reason != seen.reason:
+            _log.info("verdict.waits", instance=instance, reason=reason)
         if seen.undecided_since_s is None:
             seen.undecided_since_s = now_s
         seen.looks += 1

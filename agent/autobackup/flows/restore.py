@@ -37,10 +37,16 @@ _QEMU_IMG_S: Final = 600.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Restored:
-    """What is in the target folder now. *notes* are for whoever opens it: what could not be done, and why."""
+    """
+    What is in the target folder now.
+
+    *reattached* are members whose header now names the restored base, so that their digest is no longer the sealed
+    one; *notes* are for whoever opens the disks: what could not be done, and why.
+    """
 
     target: str
     unpacked: Unpacked
+    reattached: tuple[str, ...]
     notes: tuple[str, ...]
 
 
@@ -65,14 +71,14 @@ async def restore(
             unpacked = await read_back(sealed, workers, sink=sink, progress=progress)
         finally:
             sink.close()
-        notes = await workers.blocking(partial(_rebuild_chain, partial_path, unpacked.manifest))
+        reattached, notes = await workers.blocking(partial(_rebuild_chain, partial_path, unpacked.manifest))
         await workers.blocking(partial(_release, partial_path, target))
     except BaseException as exc:
         shutil.rmtree(partial_path, ignore_errors=True)
         if isinstance(exc, OSError):
             raise Refused(f"{target}: {exc.strerror or exc}; nothing was restored") from exc
         raise
-    return Restored(target=target, unpacked=unpacked, notes=tuple(notes))
+    return Restored(target=target, unpacked=unpacked, reattached=tuple(reattached), notes=tuple(notes))
 
 
 def _make_partial(target: str, partial_path: str) -> None:
@@ -139,39 +145,42 @@ def _write_all(fd: int, data: memoryview, offset: int) -> None:
         at += os.pwrite(fd, data[at:], offset + at)
 
 
-def _rebuild_chain(folder: str, manifest: Manifest) -> list[str]:
-    """Point every restored qcow2 at its restored backing file; returns what was left undone, and why."""
-    notes = []
+def _rebuild_chain(folder: str, manifest: Manifest) -> tuple[list[str], list[str]]:
+    """Point every restored qcow2 at its restored backing file; what was, and what was left undone and why."""
+    reattached, notes = [], []
     for entry in (*manifest.bases, *manifest.disks):
-        if entry.format == "qcow2":
-            notes += _attach(folder, entry, manifest)
-        elif entry.format == "unknown":
+        if entry.format == "unknown":
             notes.append(f"{entry.member}: its format is not known; the bytes are those of the file on the host")
-    return notes
+        elif entry.format == "qcow2":
+            obstacle = _attach(folder, entry, manifest)
+            if obstacle:
+                notes.append(obstacle)
+            elif entry.backing is not None:
+                reattached.append(entry.member)
+    return reattached, notes
 
 
-def _attach(folder: str, entry: DiskEntry, manifest: Manifest) -> list[str]:
+def _attach(folder: str, entry: DiskEntry, manifest: Manifest) -> str | None:
+    """Rewrite the header of one overlay; the reason if it is left as it was captured."""
     path = os.path.join(folder, entry.member)
     with open(path, "rb") as file:
         head = qcow2.read_head(file.fileno())
     chain = (ChainLink(path=entry.backing_path, format=""),) if entry.backing_path else ()
     mistrusted = qcow2.mistrust(head, chain=chain, chain_source=entry.chain_source)
     if mistrusted:
-        return [
-            f"{entry.member}: left as it was captured: {mistrusted}; open it only with its backing file switched off"
-        ]
+        return f"{entry.member}: left as it was captured: {mistrusted}; open it only with its backing file switched off"
     if entry.backing is None:
         named = qcow2.parse_header(head).backing_path
         if named is None:
-            return []
-        return [f"{entry.member}: its backing file {named!r} is not in this bundle; attach one before opening it"]
+            return None
+        return f"{entry.member}: its backing file {named!r} is not in this bundle; attach one before opening it"
     base = next(base for base in manifest.bases if base.member == entry.backing)
     relative = os.path.relpath(os.path.join(folder, base.member), os.path.dirname(path))
     if base.format == "unknown":
-        return [f"{entry.member}: the format of its backing file {base.member} is not known; attach it by hand"]
+        return f"{entry.member}: the format of its backing file {base.member} is not known; attach it by hand"
     # -u writes the header only; the base was checked by its digest, not by opening it
     _qemu_img("rebase", "-u", "-f", "qcow2", "-F", base.format, "-b", relative, path)
-    return []
+    return None
 
 
 def _qemu_img(*arguments: str) -> None:

@@ -159,10 +159,15 @@ class Send:
             for attempt in copy.obsolete:
                 await store.delete(attempt)
         except AutobackupError as exc:
+            self._say_not_begun(record, name, exc)
             return await self._copy_failed(record, name, exc, event=None)
         if copy.obsolete:
             record = await self._jobs.move_copies(record.job, {}, {name: {"obsolete": ()}})
         return record
+
+    def _say_not_begun(self, record: JobRecord, name: DestinationName, error: AutobackupError) -> None:
+        self._metrics.stage_attempts.labels(stage="check", outcome=type(error).__name__).inc()
+        _log.warning("send.not_begun", job=record.job, instance=record.instance, destination=name, error=str(error))
 
     async def _begin(self, record: JobRecord, ready: Sequence[DestinationName]) -> tuple[JobRecord, list[Outlet]]:
         """Draw keys, journal the attempts, and only then make the outlets."""
@@ -171,6 +176,7 @@ class Send:
             try:
                 key = await self._keys[name].draw()
             except AutobackupError as exc:
+                self._say_not_begun(record, name, exc)
                 record = await self._copy_failed(record, name, exc, event=None)
                 continue
             attempt = AttemptRecord(
@@ -236,7 +242,8 @@ class Send:
                 event = CopyEvent.GAVE_UP if isinstance(outcome, StoreRefused) else CopyEvent.INTERRUPTED
                 record = await self._copy_failed(record, name, outcome, event=event)
             self._metrics.stage_attempts.labels(stage="send", outcome=words["outcome"]).inc()
-            _log.info("send.attempt", job=record.job, instance=record.instance, destination=name,
+            say = _log.info if isinstance(outcome, Sent) else _log.warning
+            say("send.attempt", job=record.job, instance=record.instance, destination=name,
                       elapsed_s=round(elapsed_s, 3), **words)  # fmt: skip
         return record
 

@@ -168,6 +168,7 @@ class Watch:
             self._enter(folder_name, "scan")
         for instance in self._claims.instances():
             self._on_scan(instance)
+        self._metrics.claims.set(self._claims.count())  # jobs have taken some over
 
     def _attempt(self, source: str, make: Callable[[], list[Claim]]) -> None:
         try:

@@ -11,6 +11,7 @@ import os
 import platform
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -40,6 +41,7 @@ from autobackup.stores import Store, open_keys, open_store
 
 EXIT_CONFIG: Final = 2
 _HOUSEKEEPING_S: Final = 60.0
+_LONG_UNDECIDED_S: Final = 3600.0
 _MACHINE_ID: Final = "/etc/machine-id"
 
 _log = logs.get("service.app")
@@ -192,7 +194,14 @@ class Agent:
         words = [] if self.link.is_connected else [f"libvirt does not answer at {self._config.libvirt.uri}"]
         parked = sum(record.state == "parked" for record in self.jobs.all())
         words += [f"a job cannot be read and is left untouched: {error}" for error in self.spool.unreadable_jobs]
-        return words + ([f"{parked} parked jobs wait for an operator: autobackup queue"] if parked else [])
+        long = [one for one in self.capture.undecided() if float(str(one["age_s"])) > _LONG_UNDECIDED_S]
+        words += [f"not decided for over an hour: {one['instance']}: {one['reason']}" for one in long]
+        failing = Counter(
+            copy.last_error for record in self.jobs.all() if record.state != "parked"
+            for copy in record.copies if copy.failure_count
+        )  # fmt: skip
+        words += [f"jobs that wait: {count}; {error}" for error, count in failing.items()]
+        return words + ([f"parked jobs that wait for an operator: {parked}; autobackup queue"] if parked else [])
 
     def is_ready(self) -> bool:
         return self.link.is_connected
@@ -232,23 +241,26 @@ async def check(config: Config) -> None:
             f"verdict = \"libvirt\": {config.nova_conf} exists, so this host is Nova's, and libvirt's word cannot tell "
             f"a termination from a rebuild or a shelve; set verdict_despite_nova = true only on a test host"
         )
+    wrong = []
     methods = load_methods()
     for rule in config.rule:
         try:
             method_named(rule.scrub, methods)
         except ConfigError as exc:
-            raise ConfigError(f"rule {rule.name!r}: {exc}") from None
+            wrong.append(f"rule {rule.name!r}: {exc}")
     for destination in config.destination:
         keys = open_keys(destination)
         try:
             words = (await keys.draw()).header_words
             await keys.fetch(words)
         except AutobackupError as exc:
-            raise ConfigError(f"destination {destination.name!r}: {exc}") from exc
+            wrong.append(f"destination {destination.name!r}: {exc}")
         try:
             await open_store(destination).check()
         except Transient as exc:
             _log.warning("store.unavailable", destination=destination.name, error=str(exc), consequence="jobs wait")
+    if wrong:
+        raise ConfigError("\n".join(wrong))
 
 
 def host_id() -> str:

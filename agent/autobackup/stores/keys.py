@@ -67,11 +67,14 @@ class KeyFile:
         if header_words.get("source") != "keyfile":
             raise KeyRefused(f"sealed with a key from {header_words.get('source')!r}, not from a key file")
         wanted = header_words.get("kek_id", "")
+        found = []
         for path in (self._path, *self._older):
             kek = read_kek(path)
             if kek_id(kek) == wanted:  # the name of a key is public
                 return _unwrap(kek, header_words.get("wrapped", ""))
-        raise KeyRefused(f"sealed under the key-encryption key {wanted}; none of the key files at hand is that one")
+            found.append(f"{path} is {kek_id(kek)}")
+        words = f"none of the key files at hand is that one: {', '.join(found)}"
+        raise KeyRefused(f"sealed under the key-encryption key {wanted}; {words}")
 
 
 def read_kek(path: str) -> bytes:
@@ -81,7 +84,8 @@ def read_kek(path: str) -> bytes:
             is_open_to_others = os.fstat(file.fileno()).st_mode & 0o077
             text = file.read(1024).strip()
     except FileNotFoundError:
-        raise KeysUnavailable(f"{path}: no such key file; make one with: autobackup keygen {path}") from None
+        remedy = f"put it back, or make a first one with: autobackup keygen {path}"
+        raise KeysUnavailable(f"{path}: no such key file; {remedy}") from None
     except OSError as exc:
         raise KeysUnavailable(f"{path}: {exc.strerror}") from None
     if is_open_to_others:

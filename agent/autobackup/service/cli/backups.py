@@ -6,7 +6,7 @@ they work on any machine that has a store at hand and the key: `--from FOLDER --
 import asyncio
 import signal
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +14,7 @@ import click
 
 from autobackup.config import DEFAULT_PATH, Destination, load
 from autobackup.container.header import HEADER_BYTES, decode
-from autobackup.errors import Refused
+from autobackup.errors import Damaged, Refused
 from autobackup.flows.restore import restore as restore_flow
 from autobackup.flows.verify import SealedObject, open_sealed, read_back
 from autobackup.flows.workers import Workers
@@ -42,7 +42,7 @@ def _where(command: _Command) -> _Command:
         "--keyfile", "keyfiles", multiple=True, type=click.Path(path_type=Path), help="With --from: the key file(s)."
     )(command)
     command = click.option(
-        "--from", "folder", type=click.Path(path_type=Path, file_okay=False),
+        "--from", "folder", type=click.Path(path_type=Path, file_okay=False, exists=True),
         help="A folder of sealed bundles, instead of the configured destinations.",
     )(command)  # fmt: skip
     return click.option(
@@ -126,6 +126,9 @@ def restore(backup: str, target: str, config: Path, folder: Path | None, keyfile
     """
     Restore one BACKUP: its disks, with their chain put together, ready for qemu.
 
+    A qcow2 with a backing file has the new path of it in its header, so its sha256 is not the one in digests.json;
+    docs/recover.py gives the bytes as they were.
+
     The folder appears when everything was proven, or not at all.
     """
 
@@ -145,6 +148,7 @@ def restore(backup: str, target: str, config: Path, folder: Path | None, keyfile
             "name": manifest.instance_name,
             "target": restored.target,
             "disks": [{"path": f"{restored.target}/{disk.member}", "format": disk.format} for disk in manifest.disks],
+            "reattached": restored.reattached,
             "not_captured": [asdict(one) for one in manifest.not_captured],
             "notes": restored.notes,
         }
@@ -173,8 +177,24 @@ async def _all(destinations: tuple[Destination, ...]) -> list[_Found]:
     found = []
     for destination in destinations:
         store = open_store(destination)
-        found += [_Found(destination=destination, store=store, stored=stored) for stored in await store.held()]
+        held = [stored if stored.properties else await _described(store, stored) for stored in await store.held()]
+        found += [_Found(destination=destination, store=store, stored=stored) for stored in held]
     return found
+
+
+async def _described(store: Store, stored: Stored) -> Stored:
+    """An object whose metadata was not copied with it, in the words of its own header."""
+    try:
+        header = decode(await store.read(stored.attempt, offset=0, length=HEADER_BYTES))
+    except (Damaged, Refused):
+        return stored
+    words = {
+        "instance": header.instance,
+        "job": header.job,
+        "created_at": str(header.created_at_s),
+        "expires_at": "" if header.expires_at_s is None else str(header.expires_at_s),
+    }
+    return replace(stored, properties=words)
 
 
 async def _find(backup: str, destinations: tuple[Destination, ...]) -> _Found:
@@ -210,7 +230,7 @@ def _row(found: _Found) -> dict[str, object]:
         "name": words.get("instance_name", ""),
         "destination": found.destination.name,
         "created": as_time(words.get("created_at")),
-        "expires": as_time(words.get("expires_at")) or "never",
+        "expires": as_time(words.get("expires_at")) or ("never" if words else "unknown"),
         "size": format_bytes(found.stored.size_bytes),
         "size_bytes": found.stored.size_bytes,
         "job": words.get("job", ""),

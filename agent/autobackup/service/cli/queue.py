@@ -54,8 +54,7 @@ def queue(ctx: click.Context, path: Path | None, config: Path | None, fmt: str) 
         for job in answer["jobs"]
     ]
     rows += [
-        {"job": "-", "instance": one["instance"], "state": "undecided", "age": format_duration(one["age_s"]),
-         "last_error": one["reason"]}
+        {**one, "job": "-", "state": "undecided", "age": format_duration(one["age_s"]), "last_error": one["reason"]}
         for one in answer["undecided"]
     ]  # fmt: skip
     columns = ("job", "instance", "name", "state", "age", "copies", "last_error")
@@ -64,23 +63,29 @@ def queue(ctx: click.Context, path: Path | None, config: Path | None, fmt: str) 
 
 @queue.command()
 @click.argument("job")
+@_socket_option
+@_config_option
 @click.pass_obj
-def retry(path: Path, job: str) -> None:
+def retry(before: Path, job: str, path: Path | None, config: Path | None) -> None:
     """Try JOB again now; a parked one goes back to the queue."""
-    click.echo(f"{job}: {_ask(path, 'POST', f'/v1/queue/{job}/retry')['state']}")
+    where = _path(path, config) if path or config else before
+    click.echo(f"{job}: {_ask(where, 'POST', f'/v1/queue/{job}/retry')['state']}")
 
 
 @queue.command()
 @click.argument("job")
 @click.option("--confirm", is_flag=True, help="Required: the last state of the instance is let go, unbacked.")
+@_socket_option
+@_config_option
 @click.pass_obj
-def discard(path: Path, job: str, *, confirm: bool) -> None:
+def discard(before: Path, job: str, path: Path | None, config: Path | None, *, confirm: bool) -> None:
     """Give JOB up: its disks are unlinked without a proven backup. It goes on the receipt."""
     if not confirm:
         raise click.UsageError(
             f"this lets the last state of the instance go; say: autobackup queue discard {job} --confirm"
         )
-    click.echo(f"{job}: {_ask(path, 'POST', f'/v1/queue/{job}/discard', {'confirm': job})['state']}")
+    where = _path(path, config) if path or config else before
+    click.echo(f"{job}: {_ask(where, 'POST', f'/v1/queue/{job}/discard', {'confirm': job})['state']}")
 
 
 COMMANDS = (status, queue)

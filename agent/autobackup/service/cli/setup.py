@@ -15,7 +15,7 @@ from autobackup.stores.keys import write_kek
 @click.argument("file", type=click.Path(path_type=Path), default=DEFAULT_PATH)
 @format_option
 def check_config(file: Path, fmt: str) -> None:
-    """Read FILE and its conf.d as the agent would; say every mistake, and what the rules amount to."""
+    """Read FILE and its conf.d as the agent would; say what is wrong, and what the rules amount to."""
     config = load(file)
     asyncio.run(check(config))
     show_one(
@@ -24,7 +24,7 @@ def check_config(file: Path, fmt: str) -> None:
             "instances_path": str(config.instances_path),
             "destinations": ", ".join(d.name for d in config.destination) or "none",
             "rules": ", ".join(rule.name for rule in config.rule) or "none: nothing will be captured",
-            "result": "ok",
+            "result": "ok" if config.instances_path.is_dir() else "ok, but instances_path is not a folder here",
         },
         fmt=fmt,
     )
