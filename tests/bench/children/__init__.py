@@ -1,0 +1,1 @@
+"""The programs that are measured, or that measure, as processes of their own."""
