@@ -4,7 +4,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import libvirt
 import pytest
+from tests.crash.scene import Company, Scene
 from tests.lab.hypervisor import Hypervisor, missing_requirements
 from tests.lab.instances import Compute
 from tests.lab.leftovers import find_leftovers, mark_children
@@ -27,6 +29,12 @@ def _nothing_left_behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
     left = find_leftovers(token, [tmp_path_factory.getbasetemp()])
     if left:
         pytest.fail("the tests left behind:\n" + "\n".join(left), pytrace=False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet_libvirt() -> None:
+    """The library prints every error that it also raises."""
+    libvirt.registerErrorHandler(lambda *_: None, None)
 
 
 @pytest.fixture(scope="session")
@@ -59,5 +67,24 @@ def compute(hypervisor: Hypervisor, instances_path: Path) -> Iterator[Compute]:
     with Compute(hypervisor.uri, instances_path) as playing:
         try:
             yield playing
+        finally:
+            hypervisor.heal()
+
+
+@pytest.fixture(scope="module")
+def company(request: pytest.FixtureRequest, hypervisor: Hypervisor, workspace: Workspace) -> Iterator[Company]:
+    """The tests of this module that run beside each other."""
+    items = [item for item in request.session.items if item.path == request.path]
+    gathered = Company(hypervisor, workspace, items)
+    yield gathered
+    gathered.close()
+
+
+@pytest.fixture
+def scene(hypervisor: Hypervisor, workspace: Workspace) -> Iterator[Scene]:
+    """A stage for one test alone; libvirtd is well again afterwards."""
+    with Scene.open(hypervisor, workspace) as one:
+        try:
+            yield one
         finally:
             hypervisor.heal()

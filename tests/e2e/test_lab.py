@@ -34,11 +34,6 @@ WENT = [GUEST_OFF, OFF]
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts need root")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quiet_libvirt() -> None:
-    libvirt.registerErrorHandler(lambda *_: None, None)
-
-
 @pytest.fixture
 def listener(hypervisor: Hypervisor) -> Iterator[EventListener]:
     with EventListener(hypervisor.uri) as listening:
