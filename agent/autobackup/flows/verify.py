@@ -24,7 +24,7 @@ from autobackup.model import AttemptId, AttemptRecord, JobId
 from autobackup.stores import KeySource, Store
 from autobackup.units import MiB
 
-_READ_BYTES: Final = 4 * MiB  # one call to the store; a hop to a thread costs as much as 50 KiB
+_READ_BYTES: Final = 1 * MiB  # one call to the store; a hop to a thread costs as much as 50 KiB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

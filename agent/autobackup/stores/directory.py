@@ -92,7 +92,7 @@ class DirectoryStore:
         path = self._bundle(attempt)
         digest = hashlib.new(self.digest_algorithm)
         at = 0
-        while piece := await self._call(_read, path, at, 4 * MiB):
+        while piece := await self._call(_read, path, at, MiB):
             await asyncio.get_running_loop().run_in_executor(self._threads, digest.update, piece)
             at += len(piece)
         return digest.hexdigest()
