@@ -16,7 +16,7 @@ from pathlib import Path
 import libvirt
 from rich.console import Console
 from rich.table import Table
-from tests.bench.harness import HOME, Figure
+from tests.bench.harness import HOME, RESULTS, Figure
 from tests.lab.hypervisor import Hypervisor
 from tests.lab.leftovers import find_leftovers, mark_children
 
@@ -30,7 +30,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"any of {', '.join(NAMES)}; default: all")
     parser.add_argument("--quick", action="store_true", help="small sizes, one round: right or wrong, not fast or slow")
-    parser.add_argument("--json", type=Path, default=HOME / "bench.json", metavar="FILE", help="default: %(default)s")
+    parser.add_argument(
+        "--json", type=Path, default=RESULTS / "bench.json", metavar="FILE", help="default: %(default)s"
+    )
     arguments = parser.parse_args()
     unknown = set(arguments.names) - set(NAMES)
     if unknown:
@@ -61,17 +63,8 @@ def _run(names: Sequence[str], *, quick: bool) -> list[Figure]:
                 words = f"{name}: {time.monotonic() - started_s:.0f} s; load {os.getloadavg()[0]:.2f}"
                 print(words, file=sys.stderr, flush=True)
     finally:
-        _clean()
+        shutil.rmtree(HOME)
     return figures
-
-
-def _clean() -> None:
-    """Whatever was made below build/bench, but for the results."""
-    for path in HOME.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.suffix != ".json":
-            path.unlink()
 
 
 def _write(path: Path, figures: Sequence[Figure], *, quick: bool) -> None:

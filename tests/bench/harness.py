@@ -18,7 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-HOME: Final = Path("build/bench").resolve()
+RESULTS: Final = Path("build/bench").resolve()
+_HOME: Final = "AUTOBACKUP_BENCH_HOME"
+HOME: Final = Path(
+    os.environ.setdefault(_HOME, str(RESULTS / f"run-{os.getpid()}"))
+)  # one for each run, and its children
 KiB: Final = 1 << 10
 MiB: Final = 1 << 20
 GiB: Final = 1 << 30

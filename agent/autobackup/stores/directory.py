@@ -35,6 +35,8 @@ _log = logs.get("stores.directory")
 _SUFFIX: Final = ".autobackup"
 _ATTEMPT: Final = re.compile(r"[0-9a-f-]{36}")
 _SYNC_EVERY_BYTES: Final = 64 * MiB  # keeps the dirty pages of one put, and the last fsync, small
+_HASH_PIECE_BYTES: Final = 1 * MiB
+_HASH_CALL_BYTES: Final = 16 * MiB  # between two looks at the deadline and at a cancellation
 _CALL_DEADLINE_S: Final = 120.0  # of one call into the filesystem; a dead NFS server blocks for ever
 _GONE: Final = "is gone; mount it, or make the folder with: install -d -m 700"
 _WORDS: Final = {
@@ -92,9 +94,8 @@ class DirectoryStore:
         path = self._bundle(attempt)
         digest = hashlib.new(self.digest_algorithm)
         at = 0
-        while piece := await self._call(_read, path, at, MiB):
-            await asyncio.get_running_loop().run_in_executor(self._threads, digest.update, piece)
-            at += len(piece)
+        while count := await self._call(_hash_some, path, at, digest):
+            at += count
         return digest.hexdigest()
 
     async def read(self, attempt: AttemptId, *, offset: int, length: int) -> bytes:
@@ -280,6 +281,21 @@ class _Partial:
         os.posix_fadvise(self._fd, self._synced_bytes, self._unsynced_bytes, os.POSIX_FADV_DONTNEED)
         self._synced_bytes += self._unsynced_bytes
         self._unsynced_bytes = 0
+
+
+def _hash_some(path: str, offset: int, digest: "hashlib._Hash") -> int:
+    """One call's worth of *path* into *digest*, through one small buffer; how much it was, 0 at the end."""
+    buffer = memoryview(bytearray(_HASH_PIECE_BYTES))
+    at = offset
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        os.posix_fadvise(fd, offset, _HASH_CALL_BYTES, os.POSIX_FADV_DONTNEED)  # see `_read`
+        while at < offset + _HASH_CALL_BYTES and (count := os.preadv(fd, [buffer], at)):
+            digest.update(buffer[:count])
+            at += count
+    finally:
+        os.close(fd)
+    return at - offset
 
 
 def _read(path: str, offset: int, length: int) -> bytes:

@@ -1,7 +1,7 @@
 """
 How long a new disk has one name: `INSTANCES_PATH PREFIX PER_SECOND`. Makes `<uuid>/disk`, spins on its link count.
 
-Until its standard input ends; then it prints every [Unix time, ms]. A disk that is not claimed within 5 s is an error.
+Until its standard input ends; then it prints every [Unix time, ms]. A disk that is not claimed within 30 s is an error.
 """
 
 import json
@@ -11,7 +11,7 @@ import sys
 import time
 import uuid
 
-_GIVE_UP_S = 5.0
+_GIVE_UP_S = 30.0
 
 
 def main(instances_path: str, prefix: str, per_second: str) -> None:
