@@ -385,5 +385,10 @@ def parked_job(agent: AgentProcess) -> str:
 
 
 def order(agent: AgentProcess, what: str, job: str, *more: str) -> None:
-    """An order may meet the agent's death; then it was given, not answered."""
-    agent.cli("queue", "--socket", str(agent.socket), what, job, *more, check=False)
+    """An order may meet the agent's death; then it was given, not answered. One that meets a busy job is repeated."""
+    wait_until(
+        lambda: (
+            "try again in a moment"
+            not in agent.cli("queue", "--socket", str(agent.socket), what, job, *more, check=False).stderr
+        )
+    )
