@@ -14,6 +14,7 @@ from typing import Any, get_type_hints
 import pytest
 
 from autobackup.config import (
+    DEFAULT_PATH,
     ApiSection,
     CaptureSection,
     Config,
@@ -832,3 +833,7 @@ def test_the_configuration_in_the_readme_loads(folder: Folder) -> None:
     assert blocks
     for block in blocks:
         assert folder.read(block).rule
+
+
+def test_the_file_is_where_the_readme_says() -> None:
+    assert f" {DEFAULT_PATH}\n" in (REPOSITORY / "README.md").read_text("utf-8")

@@ -27,7 +27,7 @@ from autobackup.metrics import Metrics
 from autobackup.model import InstanceId
 
 _FOLDER_EVENTS: Final = flags.CREATE | flags.MOVED_TO | flags.ONLYDIR | flags.DONT_FOLLOW
-_ROOT_EVENTS: Final = _FOLDER_EVENTS | flags.MOVED_FROM | flags.DELETE
+_ROOT_EVENTS: Final = (_FOLDER_EVENTS | flags.MOVED_FROM | flags.DELETE) & ~flags.DONT_FOLLOW  # the operator's link
 _WAKE_MS: Final = 200  # the longest delay of a stop, and of an fsync of the folder of claims
 
 _log = logs.get("host.watch")
