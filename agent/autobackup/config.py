@@ -1,38 +1,31 @@
 """
-The operator's configuration: TOML, read once into frozen dataclasses, refused whole if a word of it is wrong.
+The operator's configuration, in frozen dataclasses: every key, its default, and what it may be.
 
-`autobackup.toml` is read first, then the `*.toml` of the `conf.d` folder beside it in the order of their names:
-tables merge key by key, scalars of a later file win, `[[destination]]` and `[[rule]]` add up. Every error names
-the file, the key and what to write instead. Values carry their unit ("30d", "200GiB"), so the keys do not; the
-fields here do (`retention_s`).
+Values carry their unit ("30d", "200GiB"), so the keys do not; the fields here do (`retention_s`).
 
-This module checks what can be known from the text. What the machine has to say (a folder that is not there, two
-mounts) is said at start by the room that uses it.
+This module checks what can be known from the text; `configfile` reads the files. What the machine has to say (a
+folder that is not there, two mounts) is said at start by the room that uses it.
 """
 
 import difflib
 import os
 import re
-import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Final, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Final, Literal
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, TypeAdapter, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import AfterValidator, BeforeValidator, ConfigDict
 
-from autobackup.errors import ConfigError
 from autobackup.units import GiB, MiB, parse_bytes, parse_duration_s
 
 DEFAULT_PATH: Final = Path("/etc/autobackup/autobackup.toml")
 
 _DESTINATION_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # what the header of a bundle can hold
-_REMEDIES: Final = {
-    "dataclass_type": "must be a table: write [{key}] above its keys",
-    "tuple_type": "must be a list",
-}
+_LONGEST_TEMPLATE: Final = 31  # a project's id has 32 letters, a destination's name 64
 _SOCKET_PATH_BYTES: Final = 107  # sun_path of unix(7), less its NUL
+_PROJECT_ID: Final = re.compile(r"[0-9a-f]{32}")
+_USER_ID: Final = re.compile(r"[0-9a-f]{32}|[0-9a-f]{64}")  # Keystone's own users; those of LDAP and federation
 
 
 def _with_unit(parse: Any) -> BeforeValidator:
@@ -75,6 +68,24 @@ def _destination_name(name: str) -> str:
     return name
 
 
+def _project_id(project: str) -> str:
+    if _PROJECT_ID.fullmatch(project) is None:
+        raise ValueError(
+            f"{project!r} is not the id of a project, and Glance would take it unseen; "
+            f"ask for the id with: openstack project show -f value -c id {project}"
+        )
+    return project
+
+
+def _user_id(user: str) -> str:
+    if _USER_ID.fullmatch(user) is None:
+        raise ValueError(
+            f"{user!r} is not the id of a user, and Barbican would take it unseen; "
+            f"ask for the id with: openstack user show -f value -c id {user}"
+        )
+    return user
+
+
 Seconds = Annotated[float, _with_unit(parse_duration_s)]
 ByteCount = Annotated[int, _with_unit(parse_bytes)]
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
@@ -83,6 +94,9 @@ Deadline = Annotated[Seconds, _between("1s", "10m")]  # libvirt's keepalive coun
 Interval = Annotated[Seconds, _between("1s", "1d")]
 LongInterval = Annotated[Seconds, _between("1s", "30d")]
 Retention = Annotated[Seconds, _between("1s", "36525d")]
+Rate = Annotated[ByteCount, _between("64KiB", "1TiB", parse=parse_bytes)]  # bytes each second
+ProjectId = Annotated[str, AfterValidator(_project_id)]
+UserId = Annotated[str, AfterValidator(_user_id)]
 SpoolReserve = Annotated[ByteCount, _between("1MiB", "1GiB", parse=parse_bytes)]
 
 
@@ -94,11 +108,16 @@ class _WrongAt(ValueError):
         self.at = at
 
 
-def _key(name: str) -> str:
+def key_of(name: str) -> str:
     return name.removesuffix("_bytes").removesuffix("_s")
 
 
-_SECTION: Final = ConfigDict(extra="forbid", alias_generator=_key)
+def nearest(word: str, known: Sequence[str], *, none: str = "") -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(known)}" if known else none
+
+
+_SECTION: Final = ConfigDict(extra="forbid", alias_generator=key_of)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,6 +161,7 @@ class SealingSection:
     parallel_jobs: int = 2
     cpu_tokens: int = 0  # heavy C calls at once in the whole process; 0 = one per CPU
     detach_after_s: Pause = 3.0  # a destination that blocks the shared read longer gets its own later
+    rate_bytes: Rate | None = None  # what all jobs of this host may send together, each second
 
     def __post_init__(self) -> None:
         _ = self.zstd_level
@@ -190,20 +210,85 @@ class ApiSection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OpenstackSection:
+    """How OpenStack's services are talked to. Who we are there, and all passwords, are in clouds.yaml."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _SECTION
+    clouds_yaml: AbsolutePath | None = None  # None: where openstacksdk looks, /etc/openstack/clouds.yaml among them
+    call_timeout_s: Deadline = 30.0
+    stall_timeout_s: Interval = 120.0  # an upload of which no byte is taken for so long is given up
+    reply_timeout_s: Interval = 600.0  # Glance's answer after the last byte: it may still be writing to its backend
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Destination:
-    """Where a backup goes and on what terms."""
+    """Where a backup goes and on what terms. Which keys go together is in `_NEEDS` and `_GOES_WITH`."""
 
     __pydantic_config__: ClassVar[ConfigDict] = _SECTION
     name: Annotated[str, AfterValidator(_destination_name)]
-    store: Literal["directory"]
-    path: AbsolutePath
-    key: Literal["keyfile"]
-    keyfile: AbsolutePath
+    store: Literal["directory", "glance"]
+    path: AbsolutePath | None = None
+    must_be_mount: bool = False  # refuse the folder under a mount point that is not mounted
+    reserve_bytes: ByteCount = 1 * GiB  # space that a folder must keep free; less is "full"
+    cloud: str = ""  # an entry of clouds.yaml
+    project: str = ""  # name or id; empty: the one that the entry names
+    project_domain: str = ""  # name or id; empty: the entry's
+    members: tuple[ProjectId, ...] = ()  # ids of projects that the image is shared with
+    key: Literal["keyfile", "barbican", "recipient", "none"]
+    keyfile: AbsolutePath | None = None
     older_keyfiles: tuple[AbsolutePath, ...] = ()  # still open what they sealed; nothing new is sealed with them
+    recipients: tuple[AbsolutePath, ...] = ()  # files with public keys
+    readers: tuple[UserId, ...] = ()  # users who may have the key, besides who wrote it
+    project_access: bool = False  # whether every member of the project may have the key
     retention_s: Retention | None = None  # None: kept until somebody deletes it
     verify: Literal["fast", "readback"] = "fast"
-    must_be_mount: bool = False  # refuse the folder under a mount point that is not mounted
-    reserve_bytes: ByteCount = 1 * GiB  # space that a store must keep free; less is "full"
+    rate_bytes: Rate | None = None  # what may be sent there each second, by this host
+
+    def __post_init__(self) -> None:
+        for (key, word), needed in _NEEDS.items():
+            if getattr(self, key) == word and not getattr(self, needed):
+                raise _WrongAt(f'is missing; {key} = "{word}" needs it', at=(needed,))
+        for name, pairs in _GOES_WITH.items():
+            is_set = getattr(self, name) != _default(Destination, name)
+            if is_set and not any(getattr(self, key) == word for key, word in pairs):
+                words = " or ".join(f'{key} = "{word}"' for key, word in pairs)
+                raise _WrongAt(f"has a meaning only with {words}; remove it", at=(key_of(name),))
+
+
+_NEEDS: Final[Mapping[tuple[str, str], str]] = {
+    ("store", "directory"): "path",
+    ("store", "glance"): "cloud",
+    ("key", "keyfile"): "keyfile",
+    ("key", "barbican"): "cloud",
+    ("key", "recipient"): "recipients",
+}
+_OF_A_CLOUD: Final = (("store", "glance"), ("key", "barbican"))
+_GOES_WITH: Final[Mapping[str, tuple[tuple[str, str], ...]]] = {
+    "path": (("store", "directory"),),
+    "must_be_mount": (("store", "directory"),),
+    "reserve_bytes": (("store", "directory"),),
+    "cloud": _OF_A_CLOUD,
+    "project": _OF_A_CLOUD,
+    "project_domain": _OF_A_CLOUD,
+    "members": (("store", "glance"),),
+    "keyfile": (("key", "keyfile"),),
+    "recipients": (("key", "recipient"),),
+    "readers": (("key", "barbican"),),
+    "project_access": (("key", "barbican"),),
+}
+
+
+def _default(section: type, name: str) -> object:
+    return next(field.default for field in fields(section) if field.name == name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestSection:
+    """What an owner's request for one instance may have. Without a destination it is refused."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _SECTION
+    destination: str = ""  # the terms of what is asked for; its project is the one that is asked for
+    scrub: str = "zero"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -249,7 +334,9 @@ class Config:
     capture: CaptureSection = field(default_factory=CaptureSection)
     sealing: SealingSection = field(default_factory=SealingSection)
     retry: RetrySection = field(default_factory=RetrySection)
+    openstack: OpenstackSection = field(default_factory=OpenstackSection)
     api: ApiSection = field(default_factory=ApiSection)
+    request: RequestSection = field(default_factory=RequestSection)
     destination: tuple[Destination, ...] = ()
     rule: tuple[Rule, ...] = ()
     reserve_bytes: SpoolReserve = 4 * MiB  # kept in the spool, given up when its filesystem is full
@@ -260,127 +347,32 @@ class Config:
             for n, name in enumerate(given):
                 if name in given[:n]:
                     raise _WrongAt(f"two are named {name!r}; rename one", at=(kind, n, "name"))
+        self._check_request()
         for n, rule in enumerate(self.rule):
             for m, wanted in enumerate(rule.destinations):
                 if wanted not in names:
                     raise _WrongAt(
                         f"rule {rule.name!r} names the destination {wanted!r}, which is not defined; "
-                        + _nearest(wanted, names, none="there is no [[destination]]"),
+                        + nearest(wanted, names, none="there is no [[destination]]"),
                         at=("rule", n, "destinations", m),
                     )
+
+    def _check_request(self) -> None:
+        wanted = self.request.destination
+        template = next((one for one in self.destination if one.name == wanted), None)
+        if not wanted:
+            return
+        if template is None:
+            words = nearest(wanted, [one.name for one in self.destination], none="there is no [[destination]]")
+            raise _WrongAt(f"{wanted!r} is not defined; {words}", at=("request", "destination"))
+        if template.store != "glance":
+            words = 'must be a destination with store = "glance": a request names a project'
+            raise _WrongAt(words, at=("request", "destination"))
+        if len(wanted) > _LONGEST_TEMPLATE:
+            words = f"must have a name of at most {_LONGEST_TEMPLATE} letters: the project's id is added to it"
+            raise _WrongAt(words, at=("request", "destination"))
 
     @property
     def spool_path(self) -> Path:
         """Inside `instances_path`, always: a hard link cannot cross a mount."""
         return self.instances_path / ".autobackup"
-
-
-def load(path: Path) -> Config:
-    """Read *path* and its `conf.d`. Raises `ConfigError` with every mistake found, one a line."""
-    merged: dict[str, Any] = {}
-    origin: dict[tuple[str | int, ...], Path] = {}
-    for file in [path, *_drop_ins(path.parent / "conf.d")]:
-        _merge(merged, _parse(file), file=file, origin=origin, at=())
-    try:
-        return TypeAdapter(Config).validate_python(merged)
-    except ValidationError as exc:
-        lines = [_explain(error, origin, path) for error in exc.errors()]
-        raise ConfigError("\n".join(lines)) from None
-
-
-def _drop_ins(folder: Path) -> list[Path]:
-    """Listed, not globbed: a glob calls a folder that cannot be read empty."""
-    try:
-        return sorted(file for file in folder.iterdir() if file.suffix == ".toml" and not file.name.startswith("."))
-    except FileNotFoundError:
-        return []
-    except OSError as exc:
-        raise ConfigError(f"{folder}: {exc.strerror}") from None
-
-
-def _parse(file: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(file.read_text("utf-8"))
-    except FileNotFoundError:
-        remedy = "the link leads nowhere; remove it" if file.is_symlink() else "name the file with --config"
-        raise ConfigError(f"{file}: not found; {remedy}") from None
-    except OSError as exc:
-        raise ConfigError(f"{file}: {exc.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
-        raise ConfigError(f"{file}: not valid TOML: {exc}") from None
-
-
-def _merge(
-    into: dict[str, Any],
-    new: Mapping[str, Any],
-    *,
-    file: Path,
-    origin: dict[tuple[str | int, ...], Path],
-    at: tuple[str | int, ...],
-) -> None:
-    for key, value in new.items():
-        here = (*at, key)
-        if key in into and _kind(value) != _kind(into[key]):
-            words = f"is {_kind(value)}, but {_kind(into[key])} in {origin[here]}; write it the same way in both"
-            raise ConfigError(f"{file}: '{'.'.join(str(part) for part in here)}' {words}")
-        origin.setdefault(here, file)
-        if isinstance(value, dict) and key in into:
-            _merge(into[key], value, file=file, origin=origin, at=here)
-        elif isinstance(value, list) and key in into and all(isinstance(v, dict) for v in [*into[key], *value]):
-            origin.update({(*here, len(into[key]) + n): file for n in range(len(value))})
-            into[key] = [*into[key], *value]
-        else:
-            origin[here] = file
-            if isinstance(value, list):
-                origin.update({(*here, n): file for n in range(len(value))})
-            into[key] = dict(value) if isinstance(value, dict) else value
-            if isinstance(value, dict):
-                origin.update({(*here, sub): file for sub in value})
-
-
-def _kind(value: object) -> str:
-    return "a [table]" if isinstance(value, dict) else "a list" if isinstance(value, list) else "a value"
-
-
-def _explain(error: ErrorDetails, origin: Mapping[tuple[str | int, ...], Path], main: Path) -> str:
-    loc = (*error["loc"], *getattr(error.get("ctx", {}).get("error"), "at", ()))
-    file = next((origin[loc[:n]] for n in range(len(loc), 0, -1) if loc[:n] in origin), main)
-    key = _words(loc, file, origin)
-    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"{file}: unknown key '{key}'; {_nearest(str(loc[-1]), sorted(_keys_at(loc[:-1])))}"
-    if error["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
-        return f"{file}: '{key}' is missing; add it"
-    remedy = _REMEDIES.get(error["type"])
-    message = remedy.format(key=key) if remedy else error["msg"].removeprefix("Value error, ")
-    return f"{file}: {key}: {message}"
-
-
-def _words(loc: tuple[str | int, ...], file: Path, origin: Mapping[tuple[str | int, ...], Path]) -> str:
-    """The key as its file has it: entries of `[[rule]]` are counted from 1 in each file."""
-    words = ""
-    for at, part in enumerate(loc):
-        if isinstance(part, int):
-            nth = sum(origin.get((*loc[:at], n)) == file for n in range(part + 1)) or part + 1
-            words += f"[{nth}]"
-        else:
-            words += f".{part}"
-    return words.removeprefix(".")
-
-
-def _nearest(word: str, known: Sequence[str], *, none: str = "") -> str:
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(known)}" if known else none
-
-
-def _keys_at(loc: tuple[str | int, ...]) -> Iterator[str]:
-    """The keys that the table at *loc* may have."""
-    kind: Any = Config
-    for part in loc:
-        if isinstance(part, int):
-            kind = get_args(kind)[0]
-        else:
-            kind = next((hint for name, hint in get_type_hints(kind).items() if _key(name) == part), None)
-        if get_origin(kind) is Annotated:
-            kind = get_args(kind)[0]
-    if is_dataclass(kind):
-        yield from (_key(f.name) for f in fields(kind))

@@ -7,11 +7,14 @@ Everything the agent raises on purpose, sorted by what must happen next.
     │   ├── HypervisorUnavailable
     │   ├── StoreUnavailable
     │   ├── KeysUnavailable
+    │   ├── CloudUnavailable
     │   ├── SpoolUnavailable
     │   └── DiskBusy
     ├── Refused              retrying cannot help; park the job for an operator
     │   ├── StoreRefused
     │   ├── KeyRefused
+    │   ├── KeyLost          send that copy anew, under a new key
+    │   ├── CloudRefused
     │   ├── TargetExists
     │   └── ScrubRefused
     └── Damaged              bytes are not what they should be; park, and never scrub
@@ -33,7 +36,11 @@ class ConfigError(AutobackupError):
 
 
 class Transient(AutobackupError):
-    """The same call may succeed later."""
+    """The same call may succeed later; not before *retry_after_s*, where whoever was asked has said so."""
+
+    def __init__(self, words: str = "", *, retry_after_s: float | None = None) -> None:
+        super().__init__(words)
+        self.retry_after_s = retry_after_s
 
 
 class HypervisorUnavailable(Transient):
@@ -46,6 +53,14 @@ class StoreUnavailable(Transient):
 
 class KeysUnavailable(Transient):
     """The source of keys cannot be read now."""
+
+
+class CloudUnavailable(Transient):
+    """An OpenStack service did not answer (no *status*), cannot now, or will not until somebody grants us a role."""
+
+    def __init__(self, words: str = "", *, status: int | None = None, retry_after_s: float | None = None) -> None:
+        super().__init__(words, retry_after_s=retry_after_s)
+        self.status = status
 
 
 class SpoolUnavailable(Transient):
@@ -66,6 +81,14 @@ class StoreRefused(Refused):
 
 class KeyRefused(Refused):
     """The key at hand is not the one that sealed this."""
+
+
+class KeyLost(Refused):
+    """The key of a sealed bundle can be had from nowhere here: what is not proven yet is sent again."""
+
+
+class CloudRefused(Refused):
+    """An OpenStack service says no, and would say it again."""
 
 
 class TargetExists(Refused):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
+from tests.unit.config_files import DESTINATION, RULE, Folder
 
 from autobackup.config import (
     DEFAULT_PATH,
@@ -21,64 +22,19 @@ from autobackup.config import (
     Destination,
     LibvirtSection,
     Match,
+    OpenstackSection,
+    RequestSection,
     RetrySection,
     Rule,
     SealingSection,
-    load,
 )
+from autobackup.configfile import load
 from autobackup.container.header import Header
 from autobackup.errors import ConfigError
-from autobackup.units import GiB, MiB
+from autobackup.units import GiB, KiB, MiB
 
 REPOSITORY = Path(__file__).parents[2]
 EXAMPLE = REPOSITORY / "packaging" / "autobackup.toml.example"
-
-DESTINATION = """
-[[destination]]
-name = "vault"
-store = "directory"
-path = "/srv/vault"
-key = "keyfile"
-keyfile = "/etc/autobackup/kek"
-"""
-RULE = """
-[[rule]]
-name = "everything"
-destinations = ["vault"]
-"""
-
-
-class Folder:
-    """/etc/autobackup, for a test."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.main = path / "autobackup.toml"
-        self.conf_d = path / "conf.d"
-
-    def write(self, main: str, **drop_ins: str) -> Path:
-        self.main.write_text(main)
-        if drop_ins:
-            self.conf_d.mkdir(exist_ok=True)
-        for name, text in drop_ins.items():
-            self.drop_in(name).write_text(text)
-        return self.main
-
-    def drop_in(self, name: str) -> Path:
-        return self.conf_d / f"{name}.toml"
-
-    def read(self, main: str, **drop_ins: str) -> Config:
-        return load(self.write(main, **drop_ins))
-
-    def refuse(self, main: str, **drop_ins: str) -> list[str]:
-        """The lines of the refusal."""
-        with pytest.raises(ConfigError) as caught:
-            self.read(main, **drop_ins)
-        return str(caught.value).splitlines()
-
-    def refuse_once(self, main: str, **drop_ins: str) -> str:
-        (line,) = self.refuse(main, **drop_ins)
-        return line
 
 
 @pytest.fixture
@@ -122,9 +78,18 @@ def test_every_key_arrives_in_its_field_and_unit(folder: Folder) -> None:
         parallel_jobs = 4
         cpu_tokens = 5
         detach_after = "500ms"
+        rate = "100MiB"
         [retry]
         first = "250ms"
         longest = "6h"
+        [request]
+        destination = "images"
+        scrub = "unlink"
+        [openstack]
+        clouds_yaml = "/etc/autobackup/clouds.yaml"
+        call_timeout = "8s"
+        stall_timeout = "45s"
+        reply_timeout = "20m"
         [api]
         socket = "/run/a.sock"
         group = "ops"
@@ -139,6 +104,23 @@ def test_every_key_arrives_in_its_field_and_unit(folder: Folder) -> None:
         verify = "readback"
         must_be_mount = true
         reserve = "200GiB"
+        rate = "64KiB"
+        [[destination]]
+        name = "images"
+        store = "glance"
+        cloud = "lab"
+        project = "vault"
+        project_domain = "backups"
+        members = ["aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb"]
+        key = "barbican"
+        readers = ["0123456789abcdef0123456789abcdef"]
+        project_access = true
+        [[destination]]
+        name = "offsite"
+        store = "directory"
+        path = "/srv/b"
+        key = "recipient"
+        recipients = ["/k/alice.pub", "/k/bob.pub"]
         [[rule]]
         name = "web"
         destinations = ["a.B_c-9"]
@@ -165,10 +147,19 @@ def test_every_key_arrives_in_its_field_and_unit(folder: Folder) -> None:
             filesystems=("tmpfs",),
         ),
         sealing=SealingSection(
-            compression="none", compress_threads=3, parallel_jobs=4, cpu_tokens=5, detach_after_s=0.5
+            compression="none",
+            compress_threads=3,
+            parallel_jobs=4,
+            cpu_tokens=5,
+            detach_after_s=0.5,
+            rate_bytes=100 * MiB,
         ),
         retry=RetrySection(first_s=0.25, longest_s=21600),
+        openstack=OpenstackSection(
+            clouds_yaml=Path("/etc/autobackup/clouds.yaml"), call_timeout_s=8, stall_timeout_s=45, reply_timeout_s=1200
+        ),
         api=ApiSection(socket=Path("/run/a.sock"), group="ops"),
+        request=RequestSection(destination="images", scrub="unlink"),
         destination=(
             Destination(
                 name="a.B_c-9",
@@ -181,6 +172,25 @@ def test_every_key_arrives_in_its_field_and_unit(folder: Folder) -> None:
                 verify="readback",
                 must_be_mount=True,
                 reserve_bytes=200 * GiB,
+                rate_bytes=64 * KiB,
+            ),
+            Destination(
+                name="images",
+                store="glance",
+                cloud="lab",
+                project="vault",
+                project_domain="backups",
+                members=("a" * 32, "b" * 32),
+                key="barbican",
+                readers=("0123456789abcdef0123456789abcdef",),
+                project_access=True,
+            ),
+            Destination(
+                name="offsite",
+                store="directory",
+                path=Path("/srv/b"),
+                key="recipient",
+                recipients=(Path("/k/alice.pub"), Path("/k/bob.pub")),
             ),
         ),
         rule=(
@@ -267,7 +277,10 @@ MISTAKES = {
     "threads": ("[sealing]\ncompress_threads = 0", "sealing.compress_threads: must be 1 to 64"),
     "cross": ("[retry]\nlongest = '1s'", "retry.longest: must not be shorter than first"),
     "missing": ("[[destination]]\nname = 'b'\nstore = 'directory'\npath = '/b'\nkey = 'keyfile'",
-                "'destination[1].keyfile' is missing; add it"),
+                "destination[1].keyfile: is missing; key = \"keyfile\" needs it"),
+    "together": (DESTINATION.replace("vault", "b") + "members = ['aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa']",
+                 "destination[1].members: has a meaning only with store = \"glance\"; remove it"),
+    "required": ("[[destination]]\nname = 'b'\nkey = 'none'", "'destination[1].store' is missing; add it"),
     "twice": (DESTINATION, "destination[1].name: two are named 'vault'; rename one"),
     "undefined": ("[[rule]]\nname = 'x'\ndestinations = ['vualt']", "rule[1].destinations[1]: rule 'x' names"),
     "nested": (RULE.replace("everything", "x") + "[rule.match]\nprojekt = 'x'", "unknown key 'rule[1].match.projekt'"),
@@ -352,6 +365,8 @@ HEADS = {
     "capture": "[capture]\n",
     "sealing": "[sealing]\n",
     "retry": "[retry]\n",
+    "openstack": "[openstack]\n",
+    "request": "[request]\n",
     "api": "[api]\n",
     "destination[1]": DESTINATION,
     "rule[1]": DESTINATION + RULE,
@@ -367,6 +382,8 @@ def _sections() -> dict[type, str]:
         CaptureSection: "capture",
         SealingSection: "sealing",
         RetrySection: "retry",
+        OpenstackSection: "openstack",
+        RequestSection: "request",
         ApiSection: "api",
         Destination: "destination[1]",
         Rule: "rule[1]",
@@ -422,7 +439,7 @@ REQUIRED = [
 
 
 def test_what_must_be_said_is_said_here() -> None:
-    assert [key for _, _, key in REQUIRED] == ["name", "store", "path", "key", "keyfile", "name", "destinations"]
+    assert [key for _, _, key in REQUIRED] == ["name", "store", "key", "name", "destinations"]
 
 
 @pytest.mark.parametrize(("head", "where", "key"), REQUIRED)
@@ -453,9 +470,11 @@ DURATIONS = [
     ("libvirt", "call_timeout"), ("libvirt", "keepalive_interval"), ("libvirt", "reconnect_longest"),
     ("capture", "quiet_period"), ("capture", "leaked_after"), ("capture", "scan_interval"),
     ("capture", "undecided_longest"), ("sealing", "detach_after"), ("retry", "first"), ("retry", "longest"),
+    ("openstack", "call_timeout"), ("openstack", "stall_timeout"), ("openstack", "reply_timeout"),
     ("destination[1]", "retention"),
 ]  # fmt: skip
-SIZES = [("", "reserve"), ("destination[1]", "reserve")]
+RATES = [("sealing", "rate"), ("destination[1]", "rate")]
+SIZES = [("", "reserve"), ("destination[1]", "reserve"), *RATES]
 
 
 def test_no_duration_and_no_size_is_forgotten_here() -> None:
@@ -536,6 +555,22 @@ def test_a_reserve_at_its_limits_is_allowed(folder: Folder, text: str) -> None:
     folder.read(f'reserve = "{text}"')
 
 
+@pytest.mark.parametrize("text", ["0B", "1B", "63KiB", "65535B", "1.1TiB", "2TiB", "999999999999TiB"])
+@pytest.mark.parametrize(("where", "key"), RATES)
+def test_a_rate_that_makes_no_sense_is_refused_with_its_limits(folder: Folder, where: str, key: str, text: str) -> None:
+    """A rate of nothing would let a job wait for ever, and look as if it were under way."""
+    line = folder.refuse_once(HEADS[where] + f'{key} = "{text}"\n')
+    assert line == f"{folder.main}: {_dotted(where, key)}: must be 64KiB to 1TiB"
+
+
+def test_a_rate_at_its_limits_is_allowed_and_without_one_there_is_none(folder: Folder) -> None:
+    for text, rate_bytes in (("64KiB", 64 * KiB), ("1TiB", 1024 * GiB)):
+        config = folder.read(f'[sealing]\nrate = "{text}"\n' + DESTINATION + f'rate = "{text}"')
+        assert (config.sealing.rate_bytes, config.destination[0].rate_bytes) == (rate_bytes, rate_bytes)
+    config = folder.read(DESTINATION)
+    assert (config.sealing.rate_bytes, config.destination[0].rate_bytes) == (None, None)
+
+
 def test_a_store_may_be_filled_to_its_last_byte(folder: Folder) -> None:
     assert folder.read(DESTINATION + 'reserve = "0B"').destination[0].reserve_bytes == 0
 
@@ -609,8 +644,19 @@ def test_cpu_tokens_are_counted_from_none(folder: Folder) -> None:
         ("[sealing]\ncompress_threads = 1.5", "sealing.compress_threads"),
         ('[sealing]\nparallel_jobs = "many"', "sealing.parallel_jobs"),
         ("[api]\ngroup = 0", "api.group"),
-        (DESTINATION.replace('"directory"', '"glance"'), "destination[1].store"),
-        (DESTINATION.replace('"keyfile"', '"barbican"'), "destination[1].key"),
+        (DESTINATION.replace('"directory"', '"tape"'), "destination[1].store"),
+        (DESTINATION.replace('"directory"', "5"), "destination[1].store"),
+        (DESTINATION.replace('"keyfile"', '"vault"'), "destination[1].key"),
+        (DESTINATION.replace('"keyfile"', "false"), "destination[1].key"),
+        (DESTINATION + 'cloud = ["lab"]', "destination[1].cloud"),
+        (DESTINATION + "project = 5", "destination[1].project"),
+        (DESTINATION + "project_domain = true", "destination[1].project_domain"),
+        (DESTINATION + 'members = "p"', "destination[1].members"),
+        (DESTINATION + "members = [5]", "destination[1].members[1]"),
+        (DESTINATION + 'readers = "0123456789abcdef0123456789abcdef"', "destination[1].readers"),
+        (DESTINATION + 'recipients = "/k"', "destination[1].recipients"),
+        (DESTINATION + 'project_access = "perhaps"', "destination[1].project_access"),
+        ("openstack = []", "openstack"),
         (DESTINATION + 'verify = "none"', "destination[1].verify"),
         (DESTINATION + 'must_be_mount = "perhaps"', "destination[1].must_be_mount"),
         (DESTINATION + 'older_keyfiles = "/k"', "destination[1].older_keyfiles"),
@@ -634,7 +680,7 @@ def test_a_table_where_a_table_is_wanted_is_asked_for_by_its_head(folder: Folder
 
 PATHS = [
     ("", "instances_path"), ("", "nova_conf"), ("api", "socket"), ("destination[1]", "path"),
-    ("destination[1]", "keyfile"),
+    ("destination[1]", "keyfile"), ("openstack", "clouds_yaml"),
 ]  # fmt: skip
 
 
@@ -651,6 +697,11 @@ def test_a_relative_path_is_refused(folder: Folder, where: str, key: str, path: 
 def test_a_relative_older_key_file_is_refused(folder: Folder) -> None:
     line = folder.refuse_once(DESTINATION + 'older_keyfiles = ["/k/old", "kek"]')
     assert line.startswith(f"{folder.main}: destination[1].older_keyfiles[2]: 'kek' must be an absolute path")
+
+
+def test_a_relative_recipient_is_refused(folder: Folder) -> None:
+    line = folder.refuse_once(DESTINATION + 'recipients = ["/k/alice.pub", "bob.pub"]')
+    assert line.startswith(f"{folder.main}: destination[1].recipients[2]: 'bob.pub' must be an absolute path")
 
 
 def test_a_path_is_taken_as_it_is_written(folder: Folder) -> None:
@@ -776,18 +827,50 @@ def test_the_example_as_it_is_shipped_says_nothing(folder: Folder, example: str)
     assert folder.read(re.sub(r"^(?!#|$)", "#", example, flags=re.MULTILINE)) == Config()
 
 
+def _without_optional(config: Config) -> Config:
+    """*config* without the keys that have no default: the example shows what could stand there."""
+    return dataclasses.replace(
+        config,
+        sealing=dataclasses.replace(config.sealing, rate_bytes=None),
+        openstack=dataclasses.replace(config.openstack, clouds_yaml=None),
+    )
+
+
 def test_the_example_uncommented_says_every_default(folder: Folder, example: str) -> None:
     config = folder.read(COMMENTED.sub("", example))
-    rule, destination = config.rule[0], config.destination[0]
-    assert dataclasses.replace(config, destination=(), rule=()) == Config()
-    assert dataclasses.replace(destination, retention_s=None) == Destination(
-        name=destination.name,
-        store="directory",
-        path=destination.path,
-        key="keyfile",
-        keyfile=destination.keyfile,
-    )
-    assert rule == Rule(name=rule.name, destinations=(destination.name,))
+    assert dataclasses.replace(_without_optional(config), destination=(), rule=()) == Config()
+    assert config.sealing.rate_bytes is not None
+    assert config.openstack.clouds_yaml is not None
+    for destination in config.destination:
+        assert dataclasses.replace(destination, retention_s=None, rate_bytes=None) == Destination(
+            name=destination.name,
+            store=destination.store,
+            path=destination.path,
+            cloud=destination.cloud,
+            key=destination.key,
+            keyfile=destination.keyfile,
+            recipients=destination.recipients,
+        )
+    (rule,) = config.rule
+    assert rule == Rule(name=rule.name, destinations=(config.destination[0].name,))
+
+
+def test_the_example_shows_every_store_and_every_source_of_keys_that_needs_a_key_of_its_own(
+    folder: Folder, example: str
+) -> None:
+    destinations = folder.read(COMMENTED.sub("", example)).destination
+    assert {one.store for one in destinations} == {"directory", "glance"}
+    assert {one.key for one in destinations} == {"keyfile", "barbican", "recipient"}
+    assert '"none"' in example
+
+
+def test_every_destination_of_the_example_can_be_uncommented_by_itself(folder: Folder, example: str) -> None:
+    """They are ways to do it, not parts of one."""
+    everything = folder.read(COMMENTED.sub("", example)).destination
+    before, *blocks = example.split("#[[destination]]")
+    for one, block in zip(everything, blocks, strict=True):
+        alone = COMMENTED.sub("", "#[[destination]]" + block.partition("#[[rule]]")[0])
+        assert folder.read(before + alone).destination == (one,)
 
 
 def test_every_line_of_the_example_can_be_uncommented_by_itself(folder: Folder, example: str) -> None:
@@ -796,17 +879,19 @@ def test_every_line_of_the_example_can_be_uncommented_by_itself(folder: Folder, 
     heads = [n for n, line in enumerate(lines) if line.startswith("#[[")]
     for n, line in enumerate(lines[: heads[0]]):
         if COMMENTED.match(line):
-            assert folder.read("\n".join([*lines[:n], line[1:], *lines[n + 1 :]])) == Config(), line
+            read = folder.read("\n".join([*lines[:n], line[1:], *lines[n + 1 :]]))
+            assert _without_optional(read) == Config(), line
 
 
 @pytest.mark.parametrize(("section", "where"), _sections().items(), ids=lambda one: getattr(one, "__name__", None))
 def test_every_key_appears_in_the_example(example: str, section: type, where: str) -> None:
-    table: Any = _uncommented(example)
+    """No destination has all of them: not all go together."""
+    tables: list[Any] = [_uncommented(example)]
     for part in where.split(".") if where else ():
-        table = table[part.removesuffix("[1]")]
-        table = table[0] if part.endswith("[1]") else table
+        found = [table[part.removesuffix("[1]")] for table in tables]
+        tables = [one for entries in found for one in entries] if part.endswith("[1]") else found
     # `match` stands last in the example, since whatever follows a table's head belongs to the table
-    assert sorted(table) == sorted(_keys(section))
+    assert {key for table in tables for key in table} == set(_keys(section))
 
 
 def test_every_key_of_the_example_is_explained_in_one_line(example: str) -> None:
