@@ -25,7 +25,11 @@ MAGIC: Final = b"autobackup/1\n"
 SUITE: Final = "AES256-GCM-HKDF-1MiB"
 
 _MAGIC_FAMILY: Final = b"autobackup/"
-_MAGIC_NONE: Final = b"autobackup-none/"
+MAGIC_NONE: Final = b"autobackup-none/1\n"
+X25519: Final = "x25519"
+HYBRID: Final = "mlkem768-x25519"
+
+_MAGIC_NONE_FAMILY: Final = b"autobackup-none/"
 _MAX_TIME_S: Final = 2**53 - 1  # what every JSON reader holds exactly
 _ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -33,6 +37,7 @@ _KEK_ID: Final = re.compile(r"[0-9a-f]{16}")
 _PARENT_NAME: Final = re.compile(r"[a-z][a-z0-9_]{0,31}")
 _PRINTABLE: Final = re.compile(r"[ -~]{1,255}")
 _WRAPPED_KEY_BYTES: Final = 40  # AES-KWP of 32 bytes
+_SEALED_KEY_BYTES: Final = {X25519: 80, HYBRID: 1168}  # HPKE of 32 bytes: encapsulated key, ciphertext, tag
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,10 +71,22 @@ class Header:
 def encode(header: Header) -> bytes:
     """The 4096 bytes. A header that does not fit is an error of the configuration, known at start."""
     text = _canonical(header)
-    too_many = len(MAGIC) + len(text) + 1 - HEADER_BYTES
+    magic = _magic(header)
+    too_many = len(magic) + len(text) + 1 - HEADER_BYTES
     if too_many > 0:
         raise ValueError(f"the header is {too_many} bytes too long for its {HEADER_BYTES}")
-    return (MAGIC + text).ljust(HEADER_BYTES, b"\0")
+    return (magic + text).ljust(HEADER_BYTES, b"\0")
+
+
+def require_room(key: Mapping[str, str]) -> None:
+    """Raise ValueError unless a header with *key* fits, whatever its other members are."""
+    longest = "x" * 64
+    encode(
+        Header(
+            job=longest, attempt=longest, instance="0" * 8 + "-0000" * 3 + "-" + "0" * 12, destination=longest,
+            created_at_s=_MAX_TIME_S, expires_at_s=_MAX_TIME_S, key=key, parent=None,
+        )
+    )  # fmt: skip
 
 
 def decode(data: Buffer) -> Header:
@@ -77,16 +94,18 @@ def decode(data: Buffer) -> Header:
     raw = bytes(data)
     if len(raw) != HEADER_BYTES:
         raise ContainerDamaged(f"header: {len(raw)} bytes, must be {HEADER_BYTES}")
-    _check_magic(raw)
-    text, _, padding = raw[len(MAGIC) :].partition(b"\0")
-    if len(MAGIC) + len(text) == HEADER_BYTES:
+    magic = _checked_magic(raw)
+    text, _, padding = raw[len(magic) :].partition(b"\0")
+    if len(magic) + len(text) == HEADER_BYTES:
         raise ContainerDamaged(f"header: no NUL before offset {HEADER_BYTES}")
     if padding.strip(b"\0"):
         at = HEADER_BYTES - len(padding.lstrip(b"\0"))
         raise ContainerDamaged(f"header: offset {at}: padding is not NUL")
-    header = _parsed(text)
+    header = _parsed(text, at=len(magic))
     if _canonical(header) != text:
-        raise ContainerDamaged(f"header: offset {len(MAGIC)}: JSON is not in its canonical form")
+        raise ContainerDamaged(f"header: offset {len(magic)}: JSON is not in its canonical form")
+    if _magic(header) != magic:
+        raise ContainerDamaged(f"header: offset 0: the magic is not the one for key source {header.key['source']!r}")
     return header
 
 
@@ -95,23 +114,28 @@ def kek_id(kek: bytes) -> str:
     return hashlib.sha256(kek).hexdigest()[:16]
 
 
-def _check_magic(raw: bytes) -> None:
-    if raw.startswith(MAGIC):
-        return
+def _magic(header: Header) -> bytes:
+    return MAGIC_NONE if header.key["source"] == "none" else MAGIC
+
+
+def _checked_magic(raw: bytes) -> bytes:
+    for magic in (MAGIC, MAGIC_NONE):
+        if raw.startswith(magic):
+            return magic
     if raw.startswith(_MAGIC_FAMILY):
         raise ContainerDamaged("header: offset 0: a newer format of sealed bundle; this program reads version 1")
-    if raw.startswith(_MAGIC_NONE):
-        raise ContainerDamaged("header: offset 0: an unencrypted bundle; this program reads sealed ones")
+    if raw.startswith(_MAGIC_NONE_FAMILY):
+        raise ContainerDamaged("header: offset 0: a newer format of unencrypted bundle; this program reads version 1")
     raise ContainerDamaged("header: offset 0: not a sealed bundle")
 
 
-def _parsed(text: bytes) -> Header:
+def _parsed(text: bytes, *, at: int) -> Header:
     try:
         value = json.loads(text.decode("ascii"))
     except RecursionError:
-        raise ContainerDamaged(f"header: offset {len(MAGIC)}: JSON is nested too deeply") from None
+        raise ContainerDamaged(f"header: offset {at}: JSON is nested too deeply") from None
     except ValueError as exc:  # JSONDecodeError, UnicodeDecodeError and overlong integers
-        raise ContainerDamaged(f"header: offset {len(MAGIC)}: not JSON: {exc}") from None
+        raise ContainerDamaged(f"header: offset {at}: not JSON: {exc}") from None
     fields = _checked_fields(value)
     try:
         return Header(**fields)
@@ -151,11 +175,25 @@ def _checked_key(key: object) -> dict[str, str]:
     checks = _KEY_SOURCES.get(source) if isinstance(source, str) else None
     if checks is None:
         raise ValueError(f"key source is {source!r}; this version knows {', '.join(_KEY_SOURCES)}")
-    if key.keys() - {"source"} != checks.keys():
+    if source == "recipient":
+        _check_recipients(key)
+    elif key.keys() - {"source"} != checks.keys():
         raise ValueError(f"key of source {source} has members {sorted(map(str, key))}, not {sorted(checks)}")
     for name, check in checks.items():
         check(key[name])
     return dict(key)
+
+
+def _check_recipients(key: Mapping[str, object]) -> None:
+    """One member for each: the id of a public key, and the data key sealed to it."""
+    if len(key) < 2:
+        raise ValueError("key of source recipient names no recipient")
+    for name in key.keys() - {"source"}:
+        _check_text("a recipient's id", name, _KEK_ID)
+        kem, _, text = str(key[name]).partition(":")
+        if kem not in _SEALED_KEY_BYTES:
+            raise ValueError(f"key.{name} is sealed by {kem!r}; this version knows {', '.join(_SEALED_KEY_BYTES)}")
+        _check_base64(f"key.{name}", text, _SEALED_KEY_BYTES[kem])
 
 
 def _check_kek_id(value: object) -> None:
@@ -163,18 +201,32 @@ def _check_kek_id(value: object) -> None:
 
 
 def _check_wrapped(value: object) -> None:
-    _check_text("key.wrapped", value, _PRINTABLE)
+    _check_base64("key.wrapped", value, _WRAPPED_KEY_BYTES)
+
+
+def _check_base64(name: str, value: object, length: int) -> None:
     try:
-        wrapped = base64.b64decode(str(value), validate=True)
+        raw = base64.b64decode(value, validate=True) if isinstance(value, str) and value.isascii() else b""
     except binascii.Error:
-        wrapped = b""
-    if len(wrapped) != _WRAPPED_KEY_BYTES or base64.b64encode(wrapped).decode() != value:
-        raise ValueError(f"key.wrapped must be the base64 of {_WRAPPED_KEY_BYTES} bytes")
+        raw = b""
+    if len(raw) != length or base64.b64encode(raw).decode() != value:
+        raise ValueError(f"{name} must be the base64 of {length} bytes")
+
+
+def _check_secret(value: object) -> None:
+    _check_text("key.secret", value, _UUID)
+
+
+def _check_project(value: object) -> None:
+    _check_text("key.project", value, _ID)
 
 
 # What a source needs beside its name. A new source is a new row here and in docs/format.md.
 _KEY_SOURCES: Final[Mapping[str, Mapping[str, Callable[[object], None]]]] = {
     "keyfile": {"kek_id": _check_kek_id, "wrapped": _check_wrapped},
+    "barbican": {"secret": _check_secret, "project": _check_project},
+    "recipient": {},
+    "none": {},
 }
 
 

@@ -102,7 +102,7 @@ def test_a_header_of_another_length_is_refused(length: int) -> None:
         (b"autobackup/2\n", "newer format"),
         (b"autobackup/1x", "newer format"),
         (b"autobackup/10\n", "newer format"),
-        (b"autobackup-none/1\n", "unencrypted"),
+        (b"autobackup-none/2\n", "newer format of unencrypted"),
         (b"QFI\xfb", "not a sealed bundle"),
         (b"Autobackup/1\n", "not a sealed bundle"),
     ],
