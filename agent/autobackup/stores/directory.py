@@ -19,7 +19,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, ParamSpec, TypeVar
 
@@ -35,6 +35,7 @@ _log = logs.get("stores.directory")
 _SUFFIX: Final = ".autobackup"
 _ATTEMPT: Final = re.compile(r"[0-9a-f-]{36}")
 _SYNC_EVERY_BYTES: Final = 64 * MiB  # keeps the dirty pages of one put, and the last fsync, small
+_STREAM_BYTES: Final = 1 * MiB  # one hop to a thread costs as much as 50 KiB
 _HASH_PIECE_BYTES: Final = 1 * MiB
 _HASH_CALL_BYTES: Final = 16 * MiB  # between two looks at the deadline and at a cancellation
 _CALL_DEADLINE_S: Final = 120.0  # of one call into the filesystem; a dead NFS server blocks for ever
@@ -101,11 +102,19 @@ class DirectoryStore:
     async def read(self, attempt: AttemptId, *, offset: int, length: int) -> bytes:
         return await self._call(_read, self._bundle(attempt), offset, length)
 
+    async def stream(self, attempt: AttemptId, *, offset: int) -> AsyncIterator[bytes]:
+        while piece := await self.read(attempt, offset=offset, length=_STREAM_BYTES):
+            yield piece
+            offset += len(piece)
+
     async def delete(self, attempt: AttemptId) -> None:
         await self._call(self._delete, attempt)
 
     async def held(self) -> list[Stored]:
         return await self._call(self._held)
+
+    async def unfinished(self, agent_id: str) -> list[AttemptId]:
+        return []  # a partial does not say whose it is; each is deleted with its attempt
 
     # ---- in threads -------------------------------------------------------------------------------------
 

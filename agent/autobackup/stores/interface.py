@@ -24,6 +24,8 @@ class Stored:
     attempt: AttemptId
     size_bytes: int
     properties: Mapping[str, str]
+    digest_algorithm: str = ""  # of `digest`, the hash that the store took by itself while the object was put
+    digest: str = ""  # empty: it took none; ask `Store.digest`
 
 
 class Body(Protocol):
@@ -35,6 +37,10 @@ class Body(Protocol):
     """
 
     def __aiter__(self) -> AsyncIterator[Chunk]: ...
+
+    @property
+    def announced_bytes(self) -> int | None:
+        """What `size_bytes` will be, where that is known before the first byte is read."""
 
     @property
     def size_bytes(self) -> int: ...
@@ -65,8 +71,14 @@ class Store(Protocol):
     async def read(self, attempt: AttemptId, *, offset: int, length: int) -> bytes:
         """Exactly *length* bytes from *offset*; fewer only at the end of the object."""
 
+    def stream(self, attempt: AttemptId, *, offset: int) -> AsyncIterator[bytes]:
+        """Everything from *offset* on, in order, at most 1 MiB at a time; taken up again where a connection broke."""
+
     async def delete(self, attempt: AttemptId) -> None:
         """Remove *attempt* and whatever an unfinished put left of it. Nothing there is success."""
 
     async def held(self) -> list[Stored]:
         """Everything held whole, oldest first."""
+
+    async def unfinished(self, agent_id: str) -> list[AttemptId]:
+        """What puts with the property `autobackup_agent` of this value began and never ended, where it can be told."""

@@ -4,27 +4,15 @@ Where data keys come from. A data key is 32 random bytes, drawn anew for every a
 `draw` gives a fresh one and the words that the header carries so that it can be had again; `fetch` gets it again
 from those words, asking its source anew each time, because a verification with a key from memory proves nothing.
 
-`keyfile`, the embedded default: a 32-byte key-encryption key (KEK) in a file, as 64 hex digits and a newline. The
-header carries the data key wrapped with AES-KWP (RFC 5649). Who has the file opens everything sealed under it.
+One module for each source: `keyfile`, `barbican`, `recipient`; `none` is here, being none.
 """
 
-import os
-import secrets
-from base64 import b64decode, b64encode
-from binascii import Error as Base64Error
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
-from cryptography.hazmat.primitives.keywrap import (
-    InvalidUnwrap,
-    aes_key_unwrap_with_padding,
-    aes_key_wrap_with_padding,
-)
-
-from autobackup.container.header import kek_id
-from autobackup.errors import ContainerDamaged, KeyRefused, KeysUnavailable, TargetExists
-from autobackup.host.filesystems import sync_folder
+from autobackup.errors import KeyRefused
+from autobackup.model import AttemptId
 
 KEY_BYTES: Final = 32
 
@@ -37,88 +25,91 @@ class DataKey:
     header_words: Mapping[str, str]
 
 
-class KeySource(Protocol):
-    """Draws and fetches data keys."""
-
-    async def draw(self) -> DataKey:
-        """A fresh key. `KeysUnavailable` if the source cannot be asked now."""
+class KeyOpener(Protocol):
+    """Gets keys again."""
 
     async def fetch(self, header_words: Mapping[str, str]) -> bytes:
-        """The key that *header_words* stand for, from its source anew. `KeyRefused` if it is not ours to have."""
+        """
+        The key that *header_words* stand for, from its source anew.
+
+        `KeyRefused` if it is not ours to have, `KeyLost` if nobody has it any more, `KeysUnavailable`: ask again later.
+        """
 
 
-class KeyFile:
-    """The `keyfile` source. *older* still open what they sealed; nothing new is sealed with them."""
+class KeySource(KeyOpener, Protocol):
+    """Draws keys, gets them again, and lets them go."""
 
-    def __init__(self, path: str, *, older: Iterable[str] = ()) -> None:
-        self._path = path
-        self._older = tuple(older)
+    async def check(self) -> None:
+        """Raise what `draw` would, with the remedy, if it could not succeed now."""
 
-    async def draw(self) -> DataKey:
-        kek, key = read_kek(self._path), secrets.token_bytes(KEY_BYTES)
-        words = {
-            "source": "keyfile",
-            "kek_id": kek_id(kek),
-            "wrapped": b64encode(aes_key_wrap_with_padding(kek, key)).decode(),
-        }
-        return DataKey(key=key, header_words=words)
+    async def draw(self, attempt: AttemptId) -> DataKey:
+        """A fresh key for *attempt*, which is journaled. `KeysUnavailable` if the source cannot be asked now."""
+
+    async def settle(self, attempt: AttemptId) -> None:
+        """*attempt* is proven: what is remembered of its key here goes."""
+
+    async def destroy(self, attempt: AttemptId) -> None:
+        """*attempt* came to nothing: its key goes, here and at its source. None there is success."""
+
+
+class Keyring:
+    """
+    The keys of one destination: drawn from one source, opened by whichever the header names.
+
+    A destination's source may change in the course of its life; what was sealed before must still open.
+    """
+
+    def __init__(self, source: KeySource, openers: Mapping[str, KeyOpener]) -> None:
+        self._source = source
+        self._openers = openers
+
+    async def check(self) -> None:
+        await self._source.check()
+
+    async def draw(self, attempt: AttemptId) -> DataKey:
+        return await self._source.draw(attempt)
+
+    async def settle(self, attempt: AttemptId) -> None:
+        await self._source.settle(attempt)
+
+    async def destroy(self, attempt: AttemptId) -> None:
+        await self._source.destroy(attempt)
 
     async def fetch(self, header_words: Mapping[str, str]) -> bytes:
-        if header_words.get("source") != "keyfile":
-            raise KeyRefused(f"sealed with a key from {header_words.get('source')!r}, not from a key file")
-        wanted = header_words.get("kek_id", "")
-        found = []
-        for path in (self._path, *self._older):
-            kek = read_kek(path)
-            if kek_id(kek) == wanted:  # the name of a key is public
-                return _unwrap(kek, header_words.get("wrapped", ""))
-            found.append(f"{path} is {kek_id(kek)}")
-        words = f"none of the key files at hand is that one: {', '.join(found)}"
-        raise KeyRefused(f"sealed under the key-encryption key {wanted}; {words}")
+        source = header_words.get("source", "")
+        opener = self._openers.get(source)
+        if opener is None:
+            raise KeyRefused(f"sealed with a key from {source!r}; {_HOW.get(source, 'nothing here opens that')}")
+        return await opener.fetch(header_words)
 
 
-def read_kek(path: str) -> bytes:
-    """The KEK in *path*. The text of an error names the file and never what is in it."""
-    try:
-        with open(path, "rb") as file:
-            is_open_to_others = os.fstat(file.fileno()).st_mode & 0o077
-            text = file.read(1024).strip()
-    except FileNotFoundError:
-        remedy = f"put it back, or make a first one with: autobackup keygen {path}"
-        raise KeysUnavailable(f"{path}: no such key file; {remedy}") from None
-    except OSError as exc:
-        raise KeysUnavailable(f"{path}: {exc.strerror}") from None
-    if is_open_to_others:
-        raise KeyRefused(f"{path}: others may read this key file; run: chmod 600 {path}")
-    try:
-        kek = bytes.fromhex(text.decode("ascii"))
-    except ValueError:
-        kek = b""
-    if len(kek) != KEY_BYTES:
-        raise KeyRefused(f"{path}: not a key file; it must hold 64 hex digits, as autobackup keygen writes them")
-    return kek
+_HOW: Final = {
+    "keyfile": "name the key file",
+    "barbican": "name the cloud whose Barbican has it",
+    "recipient": "name the file of a recipient's private key",
+}
 
 
-def write_kek(path: str) -> str:
-    """Make a new key file, mode 0600; returns its id. Never overwrites: `TargetExists`."""
-    kek = secrets.token_bytes(KEY_BYTES)
-    try:
-        fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
-    except FileExistsError:
-        raise TargetExists(f"{path}: exists; a key file is never overwritten") from None
-    with open(fd, "w", encoding="ascii") as file:
-        file.write(kek.hex() + "\n")
-        file.flush()
-        os.fsync(fd)
-    sync_folder(os.path.dirname(os.path.abspath(path)))  # what is sealed under it must not outlive its name
-    return kek_id(kek)
+class PublishedKey:
+    """
+    The source `none`: a key that everybody has. Same framing, same digests, no secrecy.
 
+    An explicit word in a destination, and another magic in the header, so that no edit of one makes the other.
+    """
 
-def _unwrap(kek: bytes, wrapped: str) -> bytes:
-    try:
-        key = aes_key_unwrap_with_padding(kek, b64decode(wrapped, validate=True))
-    except (InvalidUnwrap, Base64Error, ValueError):
-        raise ContainerDamaged("the wrapped key in the header was edited or is cut") from None
-    if len(key) != KEY_BYTES:
-        raise ContainerDamaged(f"the wrapped key in the header is {len(key)} bytes long, not {KEY_BYTES}")
-    return key
+    KEY: Final = bytes(KEY_BYTES)
+
+    async def check(self) -> None:
+        """Nothing to go wrong."""
+
+    async def draw(self, attempt: AttemptId) -> DataKey:
+        return DataKey(key=self.KEY, header_words={"source": "none"})
+
+    async def settle(self, attempt: AttemptId) -> None:
+        """Nothing to forget."""
+
+    async def destroy(self, attempt: AttemptId) -> None:
+        """Nothing to destroy."""
+
+    async def fetch(self, header_words: Mapping[str, str]) -> bytes:
+        return self.KEY
