@@ -63,6 +63,10 @@ class Metrics:
             "autobackup_last_success_timestamp_seconds", "When a copy was last proven", ["destination"],
             registry=registry,
         )  # fmt: skip
+        self.destination_reachable = Gauge(
+            "autobackup_destination_reachable", "1 if the destination would take a copy, at the last look",
+            ["destination"], registry=registry,
+        )  # fmt: skip
         self.scrubs = Counter("autobackup_scrubs_total", "Disks scrubbed or kept", ["outcome"], registry=registry)
 
     def render(self) -> bytes:

@@ -104,6 +104,16 @@ class DiskSource:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """The owner's wish for one instance: to whom its last state goes, who may open it, for how long it is kept."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _JOURNALED
+    project: str  # id; owns image and key
+    reader: str = ""  # id of a user who may have the key
+    retention_s: float | None = None  # None: as long as the destination's terms say
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class InstanceRecord:
     """What is known of an instance, cached while it lives: after a destroy nobody can tell any more."""
 
@@ -118,6 +128,7 @@ class InstanceRecord:
     domain_xml: str = ""
     resized_inodes: tuple[int, ...] = ()  # root disks last seen under `<uuid>_resize/`
     migrated_away: bool = False  # the last stop was a migration to another host
+    request: Request | None = None
     updated_at_s: float = 0.0
 
     @property
@@ -165,6 +176,7 @@ class CopyRecord:
     not_before_s: float = 0.0  # Unix time of the next try
     last_error: str = ""
     verified_at_s: float | None = None
+    request: Request | None = None  # the terms, where they are not the destination's own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

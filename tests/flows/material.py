@@ -16,7 +16,7 @@ from autobackup.container.bundle import CONSOLE_LOG
 from autobackup.container.header import HEADER_BYTES, Header, encode
 from autobackup.container.manifest import DiskEntry, FileEntry, Manifest
 from autobackup.flows.contents import Contents, Member
-from autobackup.flows.fanout import FanoutLimits, Outlet, Tap
+from autobackup.flows.tap import FanoutLimits, Outlet, Tap
 from autobackup.flows.unpack import Unpacked, Unpacker
 from autobackup.host.disks import HeldDisk
 from autobackup.model import DestinationName, DiskIdentity

@@ -7,7 +7,7 @@ The flows as the agent wires them, on a real spool and real stores, with a clock
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -17,11 +17,13 @@ from tests.flows.material import limits
 from autobackup.config import Destination, RetrySection
 from autobackup.errors import AutobackupError
 from autobackup.flows.backup import Backup
-from autobackup.flows.fanout import FanoutLimits
 from autobackup.flows.jobs import Jobs
+from autobackup.flows.pacing import Pace
+from autobackup.flows.places import Places
 from autobackup.flows.queueing import new_job
 from autobackup.flows.runner import Runner
 from autobackup.flows.send import Send
+from autobackup.flows.tap import FanoutLimits
 from autobackup.flows.workers import Workers
 from autobackup.host.filesystems import kind_of
 from autobackup.host.scrub import ScrubMethod, load_methods
@@ -42,9 +44,9 @@ from autobackup.model import (
 )
 from autobackup.rules.policy import Plan
 from autobackup.rules.termination import Verdict
-from autobackup.stores import Body, DataKey, Store, Stored
+from autobackup.stores import Body, DataKey, OpenDestination, Store, Stored
 from autobackup.stores.directory import DirectoryStore
-from autobackup.stores.keys import KeyFile, write_kek
+from autobackup.stores.keyfile import KeyFile, write_kek
 
 RETRY: Final = RetrySection(first_s=5.0, longest_s=900.0)
 
@@ -99,6 +101,11 @@ class Door:
         self._pass("read", attempt)
         return await self.store.read(attempt, offset=offset, length=length)
 
+    async def stream(self, attempt: AttemptId, *, offset: int) -> AsyncIterator[bytes]:
+        self._pass("stream", attempt)
+        async for piece in self.store.stream(attempt, offset=offset):
+            yield piece
+
     async def delete(self, attempt: AttemptId) -> None:
         self._pass("delete", attempt)
         await self.store.delete(attempt)
@@ -119,11 +126,22 @@ class NotingKeys:
     def __init__(self, path: Path) -> None:
         self._keys = KeyFile(str(path))
         self.drawn: list[DataKey] = []
+        self.destroyed: list[str] = []
         self.fetched = 0
 
-    async def draw(self) -> DataKey:
-        self.drawn.append(await self._keys.draw())
+    async def check(self) -> None:
+        await self._keys.check()
+
+    async def draw(self, attempt: AttemptId) -> DataKey:
+        self.drawn.append(await self._keys.draw(attempt))
         return self.drawn[-1]
+
+    async def settle(self, attempt: AttemptId) -> None:
+        await self._keys.settle(attempt)
+
+    async def destroy(self, attempt: AttemptId) -> None:
+        self.destroyed.append(attempt)
+        await self._keys.destroy(attempt)
 
     async def fetch(self, header_words: Mapping[str, str]) -> bytes:
         self.fetched += 1
@@ -170,19 +188,24 @@ class Rig:
                 write_kek(str(folder / f"{name}.kek"))
             self.doors[name] = Door(DirectoryStore(str(folder / name)))
             self.keys[name] = NotingKeys(folder / f"{name}.kek")
-        self.jobs = Jobs(spool=self.spool, metrics=self.metrics, clock=self.clock, observe=self._observe)
-        self.send = Send(
-            jobs=self.jobs,
-            spool=self.spool,
-            stores={DestinationName(name): _as_store(door) for name, door in self.doors.items()},
-            keys={DestinationName(name): keys for name, keys in self.keys.items()},
-            destinations={
-                DestinationName(name): Destination(
+        self.places = Places(
+            [
+                Destination(
                     name=name, store="directory", path=folder / name, key="keyfile", keyfile=folder / f"{name}.kek",
                     verify=verify,  # type: ignore[arg-type]
                 )
                 for name in destinations
-            },
+            ],
+            lambda one: OpenDestination(
+                destination=one, store=_as_store(self.doors[one.name]), keys=self.keys[one.name]
+            ),
+        )  # fmt: skip
+        self.jobs = Jobs(spool=self.spool, metrics=self.metrics, clock=self.clock, observe=self._observe)
+        self.send = Send(
+            jobs=self.jobs,
+            spool=self.spool,
+            places=self.places.of,
+            pace=Pace(),
             limits=fanout_limits or limits(),
             retry=RETRY,
             workers=self.workers,

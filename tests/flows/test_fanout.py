@@ -30,7 +30,8 @@ from tests.flows.material import (
 
 from autobackup.container.seal import SEGMENT_BYTES
 from autobackup.errors import OverlayChanged, SpoolUnavailable, StoreUnavailable
-from autobackup.flows.fanout import FanoutLimits, Sent, Tap, fan_out
+from autobackup.flows.fanout import Sent, fan_out
+from autobackup.flows.tap import FanoutLimits, Tap
 from autobackup.host.disks import HeldDisk
 from autobackup.model import DestinationName
 

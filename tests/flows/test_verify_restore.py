@@ -23,7 +23,7 @@ from autobackup.flows.restore import Restored, restore
 from autobackup.flows.verify import open_sealed, prove_copy
 from autobackup.flows.workers import Workers
 from autobackup.model import AttemptRecord, ChainLink, JobRecord
-from autobackup.stores.keys import write_kek
+from autobackup.stores.keyfile import write_kek
 
 MiB = 1 << 20
 needs_qemu_img = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="needs qemu-img")

@@ -25,6 +25,7 @@ from autobackup.model import (
     JobId,
     JobRecord,
     JobState,
+    Request,
     VerdictKind,
     decode,
     encode,
@@ -36,6 +37,7 @@ BASE = ChainLink(path="/var/lib/nova/instances/_base/da39a3ee5e6b4b0d3255bfef956
 BELOW = ChainLink(path="/srv/golden.qcow2", format="qcow2")
 IDENTITY = DiskIdentity(device=2049, inode=2**63, generation=2**32 - 1, size_bytes=10 << 30, mtime_ns=-1)
 
+REQUEST = Request(project="5f705771f3824b2ab3bd4ad10e3ee0a2", reader="0" * 31 + "1", retention_s=604800.5)
 INSTANCE = InstanceRecord(
     instance=UUID,
     libvirt_name="instance-0000002a",
@@ -50,6 +52,7 @@ INSTANCE = InstanceRecord(
     domain_xml="<domain>\n  <name>\"quoted\" \\ 'twice'</name>\x00\n</domain>",
     resized_inodes=(1, 2**63),
     migrated_away=True,
+    request=REQUEST,
     updated_at_s=1_700_000_000.123456,
 )
 JOB = JobRecord(
@@ -97,6 +100,7 @@ JOB = JobRecord(
             not_before_s=1_700_000_900.0,
             last_error="No space left on device",
             verified_at_s=1_700_000_001.25,
+            request=REQUEST,
         )
         for state in CopyState
     ),
@@ -139,7 +143,7 @@ def edited(path: tuple[str | int, ...], value: object) -> bytes:
 
 def test_the_full_records_leave_no_field_at_its_default() -> None:
     """Or the round trip below would prove less than it says."""
-    for record in (JOB, INSTANCE, JOB.files[0], JOB.copies[1], JOB.copies[1].attempt, INSTANCE.disks[0]):
+    for record in (JOB, INSTANCE, REQUEST, JOB.files[0], JOB.copies[1], JOB.copies[1].attempt, INSTANCE.disks[0]):
         for field in dataclasses.fields(record):  # type: ignore[arg-type]
             assert getattr(record, field.name) != field.default, field.name
 

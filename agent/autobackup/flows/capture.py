@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from autobackup import logs
-from autobackup.config import CaptureSection, Rule
+from autobackup.config import CaptureSection, RequestSection, Rule
 from autobackup.errors import AutobackupError, Damaged, DiskBusy, SpoolUnavailable
 from autobackup.flows.jobs import Jobs
 from autobackup.flows.learn import Learn
@@ -64,6 +64,7 @@ class Capture:
         jobs: Jobs,
         learn: Learn,
         rules: Sequence[Rule],
+        requests: RequestSection,
         settings: CaptureSection,
         verdict_despite_nova: bool,
         workers: Workers,
@@ -78,6 +79,7 @@ class Capture:
         self._jobs = jobs
         self._learn = learn
         self._rules = rules
+        self._requests = requests
         self._settings = settings
         self._verdict_despite_nova = verdict_despite_nova
         self._workers = workers
@@ -175,7 +177,7 @@ class Capture:
         waiting: list[Verdict] = []
         for root in roots:
             facts = await self._workers.blocking(partial(self._facts, root, roots, record, answer.domain, seen))
-            plan = policy.plan(record, self._rules)
+            plan = policy.plan(record, self._rules, self._requests)
             verdict = decide(facts)
             if verdict.kind is VerdictKind.ALIVE:
                 await self._release_replaced(facts, claims)

@@ -35,7 +35,7 @@ class Gathered:
     not_captured: Mapping[str, str]
 
 
-def gather(job: JobRecord, spool: Spool, host: str, open_disks: ExitStack) -> Gathered:
+def gather(job: JobRecord, spool: Spool, host: str, open_disks: ExitStack, *, fixed_length: bool) -> Gathered:
     """
     Open the disks of *job* and describe them. Blocks: a worker's call.
 
@@ -89,7 +89,9 @@ def gather(job: JobRecord, spool: Spool, host: str, open_disks: ExitStack) -> Ga
         manifest.encode()
     except ValueError as exc:
         raise Refused(f"job {job.job}: what is known of its instance does not fit into a manifest: {exc}") from exc
-    contents = Contents(manifest=manifest, members=members, health=health, mtime_s=int(job.created_at_s))
+    contents = Contents(
+        manifest=manifest, members=members, health=health, mtime_s=int(job.created_at_s), fixed_length=fixed_length
+    )
     return Gathered(contents=contents, first_read=first_read, not_captured=missing)
 
 

@@ -106,6 +106,25 @@ class Jobs:
         except IllegalTransition:
             raise Refused(f"job {job} is {self.get(job).state}; only a queued or parked job can be discarded") from None
 
+    async def order_discard_of(self, job: JobId, destination: DestinationName) -> JobRecord:
+        """An operator says: this destination gets no copy. The others still must; one of them, at least."""
+        record = self.get(job)
+        copy = next((copy for copy in record.copies if copy.destination == destination), None)
+        if copy is None:
+            known = ", ".join(copy.destination for copy in record.copies)
+            raise Refused(f"job {job} has no copy for {destination!r}; it has: {known}")
+        if record.state not in (JobState.QUEUED, JobState.PARKED):
+            raise Refused(f"job {job} is {record.state}; only while it is queued or parked can a copy be discarded")
+        if not any(other.state is not CopyState.DISCARDED for other in record.copies if other is not copy):
+            raise Refused(f"{destination!r} is the only destination that is left; discard the job, or retry it")
+        try:
+            gone = (copy.attempt.attempt,) if copy.attempt is not None else ()
+            words = {"attempt": None, "obsolete": (*copy.obsolete, *gone), "last_error": "discarded by an operator"}
+            record = await self.move_copies(job, {destination: CopyEvent.DISCARD_ORDERED}, {destination: words})
+        except IllegalTransition:
+            raise Refused(f"the copy for {destination!r} is {copy.state}; there is nothing to discard") from None
+        return await self.order_retry(job)
+
     async def forget(self, job: JobId) -> None:
         """The folder of a finished job goes, then the job."""
         await self._spool.remove_job(job)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import partial
 
 from autobackup import logs
-from autobackup.errors import Damaged
+from autobackup.errors import Damaged, Refused
 from autobackup.flows.jobs import Jobs
 from autobackup.flows.queueing import chain_by_header
 from autobackup.flows.workers import Workers
@@ -21,7 +21,7 @@ from autobackup.host.claims import Claims
 from autobackup.host.domain_xml import merge, read_domain
 from autobackup.host.libvirt_events import DomainAnswer
 from autobackup.host.spool import Spool
-from autobackup.model import DiskSource, InstanceId, InstanceRecord
+from autobackup.model import DiskSource, InstanceId, InstanceRecord, Request
 from autobackup.rules.termination import Place
 
 _log = logs.get("flows.learn")
@@ -53,11 +53,13 @@ class Learn:
         self._swtpm_path = swtpm_path
         self._clock = clock
         self._records: dict[InstanceId, InstanceRecord] = {}
+        self._requests: dict[InstanceId, Request] = {}
         self._missing: dict[InstanceId, dict[str, str]] = {}
         self._unwritten: set[InstanceId] = set()
 
     def load(self) -> None:
         self._records = {record.instance: record for record in self._spool.load_instances()}
+        self._requests = {one.instance: one.request for one in self._records.values() if one.request is not None}
 
     async def sweep(self) -> None:
         """What a crash left behind. Not while a disk is held of which, and so of whose bases, nothing is known yet."""
@@ -101,9 +103,23 @@ class Learn:
         self._records[instance] = replace(self.known(instance), migrated_away=True)
         self._unwritten.add(instance)
 
+    def request(self, instance: InstanceId) -> Request | None:
+        return self._requests.get(instance)
+
+    async def set_request(self, instance: InstanceId, request: Request | None) -> None:
+        """Keep the owner's wish for as long as the instance lives. `Refused` if no disk of it is held here."""
+        if not any(claim.is_root for claim in self._claims.of(instance)):
+            raise Refused(f"no disk of instance {instance} is held on this host")
+        if request is None:
+            self._requests.pop(instance, None)
+        else:
+            self._requests[instance] = request
+        await self._keep(self.known(instance))
+
     async def forget(self, instance: InstanceId) -> None:
         """The instance is gone, and with it the last reason for its record and perhaps for its bases."""
         self._missing.pop(instance, None)
+        self._requests.pop(instance, None)
         if self._records.pop(instance, None) is not None:
             await self._workers.blocking(partial(self._spool.forget_instance, instance))
         await self.release_bases()
@@ -115,7 +131,8 @@ class Learn:
         await self._workers.blocking(partial(self._spool.bases.release_all_but, chains))
 
     async def _keep(self, record: InstanceRecord) -> None:
-        record = replace(record, updated_at_s=self._clock())
+        # the wish as it is now: it may have come while libvirt was asked
+        record = replace(record, request=self._requests.get(record.instance), updated_at_s=self._clock())
         await self._spool.write_instance(record)
         self._records[record.instance] = record
         self._unwritten.discard(record.instance)

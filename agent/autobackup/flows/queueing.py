@@ -48,9 +48,16 @@ def new_job(
         updated_at_s=now_s,
         source=record,
         files=files,
-        copies=tuple(CopyRecord(destination=name) for name in plan.destinations),
+        copies=_copies(plan),
         not_captured=_unknown_formats(files),
     )
+
+
+def _copies(plan: Plan) -> tuple[CopyRecord, ...]:
+    by_rule = tuple(CopyRecord(destination=name) for name in plan.destinations)
+    if plan.requested is None or plan.requested_name is None:
+        return by_rule
+    return (*by_rule, CopyRecord(destination=plan.requested_name, request=plan.requested))
 
 
 def chain_by_header(fd: int, format_name: str, instances_path: str) -> tuple[ChainLink, ...]:

@@ -8,7 +8,7 @@ digests in it are those sealed inside the bundle, so a restored disk can be comp
 import json
 from dataclasses import asdict
 
-from autobackup.model import JobRecord, JobState
+from autobackup.model import CopyState, JobRecord, JobState
 
 
 def receipt(job: JobRecord) -> bytes:
@@ -45,6 +45,7 @@ def receipt(job: JobRecord) -> bytes:
                         "state": copy.state,
                         "verified_at_s": copy.verified_at_s,
                         "attempt": asdict(copy.attempt) if copy.attempt else None,
+                        "request": asdict(copy.request) if copy.request else None,
                         "left_in_store": copy.obsolete,
                     }
                     for copy in job.copies
@@ -64,10 +65,15 @@ def receipt(job: JobRecord) -> bytes:
 def _outcome(job: JobRecord) -> str:
     match job.state:
         case JobState.SCRUBBED:
-            return f"verified in every destination, then scrubbed ({job.scrub_method})"
+            return f"verified in {_where(job)}, then scrubbed ({job.scrub_method})"
         case JobState.KEPT:
             return f"verified, not scrubbed: still named {', '.join(job.still_named)}"
         case JobState.DISCARDED:
             return f"discarded by an operator; {job.last_error or 'it was never verified'}"
         case _:
             return job.state
+
+
+def _where(job: JobRecord) -> str:
+    without = [copy.destination for copy in job.copies if copy.state is CopyState.DISCARDED]
+    return f"every destination but {', '.join(without)} (discarded by an operator)" if without else "every destination"

@@ -18,14 +18,16 @@ from functools import partial
 from typing import Any, Final
 
 from autobackup import logs
-from autobackup.config import Destination, RetrySection
+from autobackup.config import RetrySection
 from autobackup.container import header as container_header
-from autobackup.container.header import Header
-from autobackup.container.seal import NONCE_PREFIX_BYTES, SALT_BYTES
-from autobackup.errors import AutobackupError, Damaged, OverlayChanged, Refused, StoreRefused, Transient
-from autobackup.flows.fanout import FanoutLimits, Outlet, Sent, Tap, fan_out
+from autobackup.container.header import HEADER_BYTES, Header
+from autobackup.container.seal import NONCE_PREFIX_BYTES, SALT_BYTES, sealed_bytes
+from autobackup.errors import AutobackupError, Damaged, KeyLost, OverlayChanged, StoreRefused, Transient
+from autobackup.flows.fanout import Sent, fan_out
 from autobackup.flows.gather import gather
 from autobackup.flows.jobs import Jobs
+from autobackup.flows.pacing import Pace
+from autobackup.flows.tap import FanoutLimits, Outlet, Tap
 from autobackup.flows.verify import prove_copy
 from autobackup.flows.workers import Workers
 from autobackup.host.spool import Spool
@@ -39,7 +41,7 @@ from autobackup.model import (
     JobRecord,
 )
 from autobackup.rules.lifecycle import CopyEvent, retry_delay_s
-from autobackup.stores import DataKey, KeySource, Store
+from autobackup.stores import DataKey, OpenDestination
 
 _log = logs.get("flows.send")
 _NOT_PROVEN_PARKS: Final = 3  # a store that keeps returning other bytes than it was sent needs an operator
@@ -47,16 +49,19 @@ _FORMAT: Final = "1"
 
 
 class Send:
-    """Sends and proves copies; changes their states and nothing else."""
+    """
+    Sends and proves copies; changes their states and nothing else.
+
+    *places* opens the destination of a copy, and raises `Refused` for one that is no longer in the configuration.
+    """
 
     def __init__(
         self,
         *,
         jobs: Jobs,
         spool: Spool,
-        stores: Mapping[DestinationName, Store],
-        keys: Mapping[DestinationName, KeySource],
-        destinations: Mapping[DestinationName, Destination],
+        places: Callable[[CopyRecord], OpenDestination],
+        pace: Pace,
         limits: FanoutLimits,
         retry: RetrySection,
         workers: Workers,
@@ -66,9 +71,8 @@ class Send:
     ) -> None:
         self._jobs = jobs
         self._spool = spool
-        self._stores = stores
-        self._keys = keys
-        self._destinations = destinations
+        self._places = places
+        self._pace = pace
         self._limits = limits
         self._retry = retry
         self._workers = workers
@@ -106,13 +110,20 @@ class Send:
         if not ready:
             return record
         with ExitStack() as disks:
-            gathered = await self._workers.blocking(partial(gather, record, self._spool, self._host, disks))
+            fixed_length = self._limits.zstd_level is None
+            gathered = await self._workers.blocking(
+                partial(gather, record, self._spool, self._host, disks, fixed_length=fixed_length)
+            )
             if any(not now.same_content(record.first_read.get(link, now)) for link, now in gathered.first_read.items()):
                 raise OverlayChanged(f"job {record.job}: its disks changed between two reads")
             record = await self._jobs.update(
                 record.job, first_read=gathered.first_read, not_captured=gathered.not_captured
             )
-            record, outlets = await self._begin(record, ready)
+            announced_bytes = None
+            if fixed_length:
+                stored_bytes = await self._workers.blocking(gathered.contents.stored_bytes)
+                announced_bytes = HEADER_BYTES + sealed_bytes(stored_bytes)
+            record, outlets = await self._begin(record, ready, announced_bytes)
             if not outlets:
                 return record
             started_s = time.monotonic()
@@ -142,22 +153,17 @@ class Send:
                 record = await self._sweep(record, copy.destination)
         return record
 
-    def _store(self, name: DestinationName) -> Store:
-        try:
-            return self._stores[name]
-        except KeyError:
-            raise Refused(f"destination {name!r} is no longer in the configuration; put it back, or discard") from None
-
     # ---- before the read --------------------------------------------------------------------------------
 
     async def _sweep(self, record: JobRecord, name: DestinationName) -> JobRecord:
         """Ask the store if it can take or give, and delete this copy's obsolete attempts there."""
         copy = _copy(record, name)
         try:
-            store = self._store(name)
-            await store.check()
+            place = self._places(copy)
+            await place.store.check()
             for attempt in copy.obsolete:
-                await store.delete(attempt)
+                await place.keys.destroy(attempt)
+                await place.store.delete(attempt)
         except AutobackupError as exc:
             self._say_not_begun(record, name, exc)
             return await self._copy_failed(record, name, exc, event=None)
@@ -169,33 +175,45 @@ class Send:
         self._metrics.stage_attempts.labels(stage="check", outcome=type(error).__name__).inc()
         _log.warning("send.not_begun", job=record.job, instance=record.instance, destination=name, error=str(error))
 
-    async def _begin(self, record: JobRecord, ready: Sequence[DestinationName]) -> tuple[JobRecord, list[Outlet]]:
-        """Draw keys, journal the attempts, and only then make the outlets."""
-        drawn: dict[DestinationName, tuple[AttemptRecord, DataKey]] = {}
-        for name in ready:
-            try:
-                key = await self._keys[name].draw()
-            except AutobackupError as exc:
-                self._say_not_begun(record, name, exc)
-                record = await self._copy_failed(record, name, exc, event=None)
-                continue
-            attempt = AttemptRecord(
+    async def _begin(
+        self, record: JobRecord, ready: Sequence[DestinationName], announced_bytes: int | None
+    ) -> tuple[JobRecord, list[Outlet]]:
+        """Journal the attempts, draw their keys, and only then make the outlets."""
+        attempts = {
+            name: AttemptRecord(
                 attempt=AttemptId(str(uuid.uuid4())),
                 started_at_s=self._clock(),
-                digest_algorithm=self._stores[name].digest_algorithm,
+                digest_algorithm=self._places(_copy(record, name)).store.digest_algorithm,
             )
-            drawn[name] = (attempt, key)
-        if not drawn:
-            return record, []
+            for name in ready
+        }
         record = await self._jobs.move_copies(
             record.job,
-            dict.fromkeys(drawn, CopyEvent.STARTED),
-            {name: {"attempt": attempt} for name, (attempt, _) in drawn.items()},
+            dict.fromkeys(attempts, CopyEvent.STARTED),
+            {name: {"attempt": attempt} for name, attempt in attempts.items()},
         )
-        return record, [self._outlet(record, name, attempt, key) for name, (attempt, key) in drawn.items()]
+        outlets = []
+        for name, attempt in attempts.items():
+            try:
+                key = await self._places(_copy(record, name)).keys.draw(attempt.attempt)
+            except AutobackupError as exc:
+                self._say_not_begun(record, name, exc)
+                event = CopyEvent.INTERRUPTED if isinstance(exc, Transient) else CopyEvent.GAVE_UP
+                record = await self._copy_failed(record, name, exc, event=event)
+            else:
+                outlets.append(self._outlet(record, name, attempt, key, announced_bytes))
+        return record, outlets
 
-    def _outlet(self, record: JobRecord, name: DestinationName, attempt: AttemptRecord, key: DataKey) -> Outlet:
-        header = self._header(record, name, attempt, key)
+    def _outlet(
+        self,
+        record: JobRecord,
+        name: DestinationName,
+        attempt: AttemptRecord,
+        key: DataKey,
+        announced_bytes: int | None,
+    ) -> Outlet:
+        place = self._places(_copy(record, name))
+        header = _header(record, place, attempt, key)
         return Outlet(
             destination=name,
             header=container_header.encode(header),
@@ -203,25 +221,15 @@ class Send:
             salt=secrets.token_bytes(SALT_BYTES),
             nonce_prefix=secrets.token_bytes(NONCE_PREFIX_BYTES),
             digest_algorithm=attempt.digest_algorithm,
-            send=partial(self._put, name, attempt.attempt, _properties(record, header)),
+            announced_bytes=announced_bytes,
+            send=partial(
+                self._put, place, attempt.attempt, _properties(record, header, self._host, self._spool.agent_id)
+            ),
         )
 
-    def _header(self, record: JobRecord, name: DestinationName, attempt: AttemptRecord, key: DataKey) -> Header:
-        created_at_s = int(attempt.started_at_s)
-        retention_s = self._destinations[name].retention_s
-        return Header(
-            job=record.job,
-            attempt=attempt.attempt,
-            instance=record.instance,
-            destination=name,
-            created_at_s=created_at_s,
-            expires_at_s=None if retention_s is None else created_at_s + int(retention_s),
-            key=key.header_words,
-            parent=None,
-        )
-
-    async def _put(self, name: DestinationName, attempt: AttemptId, properties: Mapping[str, str], tap: Tap) -> None:
-        await self._store(name).put(attempt, tap, properties=properties)
+    async def _put(self, place: OpenDestination, attempt: AttemptId, properties: Mapping[str, str], tap: Tap) -> None:
+        body = self._pace.paced(tap, place.destination)
+        await place.store.put(attempt, body, properties=properties)
 
     # ---- after it ---------------------------------------------------------------------------------------
 
@@ -252,10 +260,13 @@ class Send:
         assert sent is not None
         outcome, error, started_s = "cancelled", "", time.monotonic()
         try:
+            place = self._places(copy)
+            await place.store.check()  # a role that was taken from us is no proof against the copy
             await prove_copy(
-                store=self._store(name), keys=self._keys[name], job=record.job, sent=sent,
-                readback=self._destinations[name].verify == "readback", workers=self._workers,
+                store=place.store, keys=place.keys, job=record.job, sent=sent,
+                readback=place.destination.verify == "readback", workers=self._workers,
             )  # fmt: skip
+            await place.keys.settle(sent.attempt)
             outcome = "proven"
             self._metrics.last_success.labels(destination=name).set(self._clock())
             return await self._jobs.move_copies(
@@ -268,7 +279,9 @@ class Send:
             return await self._copy_failed(record, name, exc, event=None)  # what was sent stays sent
         except AutobackupError as exc:
             outcome, error = type(exc).__name__, str(exc)
-            worth_sending = isinstance(exc, Damaged | StoreRefused) and copy.failure_count + 1 < _NOT_PROVEN_PARKS
+            worth_sending = (
+                isinstance(exc, Damaged | StoreRefused | KeyLost) and copy.failure_count + 1 < _NOT_PROVEN_PARKS
+            )
             event = CopyEvent.NOT_PROVEN if worth_sending else CopyEvent.GAVE_UP
             return await self._copy_failed(record, name, exc, event=event)
         finally:
@@ -287,6 +300,7 @@ class Send:
             first_s=self._retry.first_s,
             longest_s=self._retry.longest_s,
             spread=random.random(),  # noqa: S311
+            retry_after_s=getattr(error, "retry_after_s", None),
         )
         changes: dict[str, Any] = {
             "failure_count": count,
@@ -310,7 +324,22 @@ def _obsolete(copy: CopyRecord) -> dict[str, Any]:
     return {"attempt": None, "obsolete": (*copy.obsolete, *gone)}
 
 
-def _properties(record: JobRecord, header: Header) -> dict[str, str]:
+def _header(record: JobRecord, place: OpenDestination, attempt: AttemptRecord, key: DataKey) -> Header:
+    created_at_s = int(attempt.started_at_s)
+    retention_s = place.destination.retention_s
+    return Header(
+        job=record.job,
+        attempt=attempt.attempt,
+        instance=record.instance,
+        destination=place.destination.name,
+        created_at_s=created_at_s,
+        expires_at_s=None if retention_s is None else created_at_s + int(retention_s),
+        key=key.header_words,
+        parent=None,
+    )
+
+
+def _properties(record: JobRecord, header: Header, host: str, agent_id: str) -> dict[str, str]:
     """What the store shows beside the sealed bundle. For people and lists; whoever decides reads the header."""
     return {
         "autobackup_format": _FORMAT,
@@ -318,6 +347,10 @@ def _properties(record: JobRecord, header: Header) -> dict[str, str]:
         "autobackup_instance": record.instance,
         "autobackup_instance_name": record.source.name,
         "autobackup_destination": header.destination,
+        "autobackup_host": host,
+        "autobackup_agent": agent_id,
         "autobackup_created_at": str(header.created_at_s),
         "autobackup_expires_at": "" if header.expires_at_s is None else str(header.expires_at_s),
+        "autobackup_key_source": header.key["source"],
+        "autobackup_key_ref": header.key.get("secret", ""),
     }

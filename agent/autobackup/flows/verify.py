@@ -1,9 +1,9 @@
 """
 Proof that a store holds what was sent: asked of the store, opened with a key that was fetched anew.
 
-`fast`: the size and the digest by the store's own word, the header byte for byte, the first and the last segment
-opened (the last one shows that nothing is cut or added). `readback`: all of it read, opened, unpacked and compared
-with the digests inside.
+`fast`: the size and the digest by the store's own word (the hash that it took while it received, or takes now), the
+header byte for byte, the first and the last segment opened (the last one shows that nothing is cut or added).
+`readback`: all of it read, opened, unpacked and compared with the digests inside.
 
 Invariant 4: nothing here trusts what the sender remembers of having sent, except as what to compare with.
 """
@@ -12,7 +12,6 @@ import hashlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Final
 
 from autobackup.container.header import HEADER_BYTES, Header, decode
 from autobackup.container.seal import STREAM_HEADER_BYTES
@@ -22,9 +21,6 @@ from autobackup.flows.unpack import Nowhere, Sink, Unpacked, Unpacker
 from autobackup.flows.workers import Workers
 from autobackup.model import AttemptId, AttemptRecord, JobId
 from autobackup.stores import KeySource, Store
-from autobackup.units import MiB
-
-_READ_BYTES: Final = 1 * MiB  # one call to the store; a hop to a thread costs as much as 50 KiB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,13 +37,14 @@ class SealedObject:
     async def stream(self, progress: Callable[[int], None] = lambda _count: None) -> AsyncIterator[bytes]:
         """Everything after the header, in order; *progress* is told how many bytes came."""
         at = HEADER_BYTES
-        while at < self.size_bytes:
-            piece = await self.store.read(self.attempt, offset=at, length=min(_READ_BYTES, self.size_bytes - at))
-            if not piece:
-                raise ContainerDamaged(f"{self.attempt}: ends at {at}, the store said {self.size_bytes}")
+        async for piece in self.store.stream(self.attempt, offset=HEADER_BYTES):
             at += len(piece)
+            if at > self.size_bytes:
+                break
             progress(len(piece))
             yield piece
+        if at != self.size_bytes:
+            raise ContainerDamaged(f"{self.attempt}: ends at {at}, the store said {self.size_bytes}")
 
 
 async def open_sealed(store: Store, keys: KeySource, attempt: AttemptId) -> SealedObject:
@@ -73,13 +70,14 @@ async def prove_copy(
     sealed = await open_sealed(store, keys, sent.attempt)
     if (sealed.header.job, sealed.header.attempt) != (job, sent.attempt):
         raise ContainerDamaged(f"{sent.attempt}: its header is that of attempt {sealed.header.attempt}")
-    if readback:
+    by_its_word = stored.digest if stored.digest_algorithm == sent.digest_algorithm else ""
+    if readback or (stored.digest and not by_its_word):  # it hashes otherwise than we did: then we read it all
         digest = hashlib.new(sent.digest_algorithm, sealed.header_bytes)
         await read_back(sealed, workers, digest=digest)
         held = digest.hexdigest()
     else:
         await _open_ends(sealed, workers)
-        held = await store.digest(sent.attempt)
+        held = by_its_word or await store.digest(sent.attempt)
     if held != sent.digest:
         raise ContainerDamaged(f"{sent.attempt}: the store's {sent.digest_algorithm} is not that of what was sent")
 

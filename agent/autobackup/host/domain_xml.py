@@ -67,6 +67,7 @@ def merge(known: InstanceRecord | None, new: InstanceRecord) -> InstanceRecord:
         domain_xml=new.domain_xml if has_chain or not known.domain_xml else known.domain_xml,
         resized_inodes=known.resized_inodes,
         migrated_away=known.migrated_away,
+        request=known.request,
     )
 
 

@@ -4,6 +4,7 @@ The spool: the folder that is the truth. A start is a walk over it.
     <instances_path>/.autobackup/        0700
       lock        flock: one agent per spool
       host        which host it belongs to: a spool on shared storage is not taken over by another
+      agent       a random id: what it began in a store is known by it, though hosts may share a name
       reserve     given up when the filesystem is full, so that the records which free space can be written
       claims/     host.claims' own
       bases/      host.bases' own
@@ -22,6 +23,7 @@ import errno
 import fcntl
 import os
 import shutil
+import uuid
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Final
@@ -65,6 +67,7 @@ class Spool:
         self._host_id = host_id
         self._reserve_bytes = reserve_bytes
         self._lock_fd = -1
+        self.agent_id = ""  # known once it is open
         self.unreadable_jobs: list[str] = []  # what stands in the way of a job that nobody can take up
         self._held: dict[JobId, Mapping[int, Sequence[str]]] = {}  # inodes of jobs, and where their link may be
         self._kept: dict[JobId, frozenset[DiskIdentity]] = {}  # what kept jobs left under Nova's names
@@ -90,6 +93,7 @@ class Spool:
             for folder in _FOLDERS:
                 os.makedirs(self._at(folder), mode=0o700, exist_ok=True)
             self._check_host()
+            self.agent_id = self._kept_word("agent") or self._keep_word("agent", str(uuid.uuid4()))
             self.keep_reserve()
         except BaseException:
             self.close()
@@ -322,23 +326,26 @@ class Spool:
             raise ConfigError(f"{self.path}: another agent is using this spool; stop it first") from exc
 
     def _check_host(self) -> None:
-        path = self._at("host")
-        try:
-            with open(path, encoding="ascii") as file:
-                owner = file.read().strip()
-        except FileNotFoundError:
-            owner = ""
-        if not owner:  # or a power cut came before its content
-            with open(path, "w", encoding="ascii") as file:
-                file.write(self._host_id + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            return
+        owner = self._kept_word("host") or self._keep_word("host", self._host_id)
         if owner != self._host_id:
             raise ConfigError(
                 f"{self.path}: belongs to host {owner}, this is {self._host_id}; on shared storage give each host its "
-                f"own instances_path, or remove {path} if that host is gone for good"
+                f"own instances_path, or remove {self._at('host')} if that host is gone for good"
             )
+
+    def _kept_word(self, name: str) -> str:
+        try:
+            with open(self._at(name), encoding="ascii") as file:
+                return file.read().strip()  # nothing: a power cut came before its content
+        except FileNotFoundError:
+            return ""
+
+    def _keep_word(self, name: str, word: str) -> str:
+        with open(self._at(name), "w", encoding="ascii") as file:
+            file.write(word + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        return word
 
     def _at(self, *parts: str) -> str:
         return os.path.join(self.path, *parts)

@@ -83,12 +83,14 @@ COPY_MOVES: Final[Mapping[tuple[CopyState, CopyEvent], CopyState]] = MappingProx
         (CopyState.SENT, CopyEvent.NOT_PROVEN): CopyState.QUEUED,
         (CopyState.SENT, CopyEvent.OUTDATED): CopyState.QUEUED,
         (CopyState.SENT, CopyEvent.GAVE_UP): CopyState.PARKED,
+        (CopyState.SENT, CopyEvent.DISCARD_ORDERED): CopyState.DISCARDED,
         (CopyState.VERIFIED, CopyEvent.OUTDATED): CopyState.QUEUED,
         (CopyState.PARKED, CopyEvent.RETRY_ORDERED): CopyState.QUEUED,
         (CopyState.PARKED, CopyEvent.DISCARD_ORDERED): CopyState.DISCARDED,
     }
 )
 
+_LONGEST_ASKED_S: Final = 3600.0  # a Retry-After of a day is a mistake, or an attack
 _State = TypeVar("_State", JobState, CopyState)
 _Event = TypeVar("_Event", JobEvent, CopyEvent)
 
@@ -133,15 +135,19 @@ def scrub_refusal(job: JobRecord) -> str | None:
     return None
 
 
-def retry_delay_s(failure_count: int, *, first_s: float, longest_s: float, spread: float) -> float:
+def retry_delay_s(
+    failure_count: int, *, first_s: float, longest_s: float, spread: float, retry_after_s: float | None = None
+) -> float:
     """
     Seconds until the next try: doubling from *first_s*, capped at *longest_s*, never giving up.
 
     *spread* is the caller's draw from 0..1: the delay falls between half and whole of the nominal one, so that
-    1,000 hosts which lost the same store do not come back in step.
+    1,000 hosts which lost the same store do not come back in step. *retry_after_s* is the least that the other side has
+    asked for; up to a half of it is added, for the same reason.
     """
+    asked_s = 0.0 if retry_after_s is None else min(retry_after_s, _LONGEST_ASKED_S) * (1.0 + 0.5 * spread)
     nominal_s = min(longest_s, first_s * 2.0 ** min(max(failure_count - 1, 0), 32))
-    return nominal_s * (0.5 + 0.5 * spread)
+    return max(asked_s, nominal_s * (0.5 + 0.5 * spread))
 
 
 def _move(moves: Mapping[tuple[_State, _Event], _State], state: _State, event: _Event) -> _State:

@@ -8,6 +8,10 @@ The local HTTP socket: health, queue, metrics, and the two orders that an operat
     GET  /v1/queue                      jobs, and candidates that are not decided yet
     POST /v1/queue/{job}/retry          try again now
     POST /v1/queue/{job}/discard        let the last state go; needs {"confirm": "<job>"}
+                                        with {"destination": "<name>"}, only that copy
+    GET, POST, DELETE /v1/instances/{uuid}/terminate_backup
+                                        the owner's request: {"enabled": true, "store_project": "<id>",
+                                        "store_user": "<id>", "retention": "30d"}
 
 Access is the socket's mode: root, and the group that the configuration names. Errors are {"error": "..."}.
 """
@@ -19,16 +23,22 @@ import socket
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any, Final, Protocol, TypeAlias
 
 from aiohttp import web
 
 from autobackup.errors import ConfigError, Refused, Transient
 from autobackup.flows.jobs import Jobs
+from autobackup.flows.requests import Requests
 from autobackup.metrics import Metrics
-from autobackup.model import JobId, JobRecord
+from autobackup.model import DestinationName, InstanceId, JobId, JobRecord, Request
+from autobackup.units import parse_duration_s
 
 _SHUTDOWN_S: Final = 2.0
+_REQUEST: Final = "/v1/instances/{uuid}/terminate_backup"
+_LONGEST_RETENTION_S: Final = 36525 * 86400.0  # as in the configuration
+_REQUEST_KEYS: Final = frozenset({"enabled", "store_project", "store_user", "retention"})
 
 
 Order: TypeAlias = Callable[[JobId, Callable[[JobId], Awaitable[JobRecord]]], Awaitable[JobRecord]]
@@ -50,10 +60,21 @@ class Health(Protocol):
 class Api:
     """Serves one unix socket. Build it, then `run`."""
 
-    def __init__(self, *, path: str, group: str, jobs: Jobs, metrics: Metrics, health: Health, order: Order) -> None:
+    def __init__(
+        self,
+        *,
+        path: str,
+        group: str,
+        jobs: Jobs,
+        requests: Requests,
+        metrics: Metrics,
+        health: Health,
+        order: Order,
+    ) -> None:
         self._path = path
         self._group = group
         self._jobs = jobs
+        self._requests = requests
         self._metrics = metrics
         self._health = health
         self._order = order
@@ -69,6 +90,9 @@ class Api:
             web.get("/v1/queue", self._queue),
             web.post("/v1/queue/{job}/retry", self._retry),
             web.post("/v1/queue/{job}/discard", self._discard),
+            web.get(_REQUEST, self._show_request),
+            web.post(_REQUEST, self._accept_request),
+            web.delete(_REQUEST, self._drop_request),
         ])  # fmt: skip
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=_SHUTDOWN_S)
         listening = open_socket(self._path, self._group)
@@ -112,8 +136,57 @@ class Api:
         body: Any = await request.json() if request.can_read_body else {}
         if not isinstance(body, dict) or body.get("confirm") != job:
             raise Refused(f'a discard must carry {{"confirm": "{job}"}}: it lets the last state of the instance go')
-        record = await self._order(JobId(job), self._jobs.order_discard)
+        order = self._jobs.order_discard
+        if destination := str(body.get("destination", "")):
+            order = partial(self._jobs.order_discard_of, destination=DestinationName(destination))
+        record = await self._order(JobId(job), order)
         return web.json_response(queue_entry(record, time.time()))
+
+    async def _show_request(self, request: web.Request) -> web.Response:
+        return web.json_response(_request_entry(self._requests.of(InstanceId(request.match_info["uuid"]))))
+
+    async def _accept_request(self, request: web.Request) -> web.Response:
+        instance, wanted = InstanceId(request.match_info["uuid"]), _parsed_request(await request.json())
+        if wanted is None:
+            return await self._drop_request(request)
+        await self._requests.accept(instance, wanted)
+        return web.json_response(_request_entry(wanted))
+
+    async def _drop_request(self, request: web.Request) -> web.Response:
+        await self._requests.drop(InstanceId(request.match_info["uuid"]))
+        return web.json_response(_request_entry(None))
+
+
+def _request_entry(request: Request | None) -> dict[str, object]:
+    if request is None:
+        return {"enabled": False}
+    return {
+        "enabled": True,
+        "store_project": request.project,
+        "store_user": request.reader,
+        "retention_s": request.retention_s,
+    }
+
+
+def _parsed_request(body: object) -> Request | None:
+    """None: not enabled. Raises `Refused` with the key that is wrong."""
+    if not isinstance(body, dict) or not isinstance(body.get("enabled"), bool):
+        raise Refused('a request is {"enabled": true|false, "store_project": …, "store_user": …, "retention": …}')
+    unknown = sorted(body.keys() - _REQUEST_KEYS)
+    wrong = sorted(key for key in body.keys() - {"enabled"} if not isinstance(body[key], str))
+    if unknown or wrong:
+        raise Refused(f"unknown keys: {unknown}" if unknown else f"must be strings: {wrong}")
+    if not body["enabled"]:
+        return None
+    if not body.get("store_project"):
+        raise Refused("store_project is missing: the id of the project that is to own the backup")
+    try:
+        retention_s = parse_duration_s(body["retention"]) if body.get("retention") else None
+        if retention_s is not None and not 1 <= retention_s <= _LONGEST_RETENTION_S:
+            raise ValueError("must be 1s to 36525d")
+    except ValueError as exc:
+        raise Refused(f"retention: {exc}") from None
+    return Request(project=body["store_project"], reader=body.get("store_user", ""), retention_s=retention_s)
 
 
 def queue_entry(record: JobRecord, now_s: float) -> dict[str, object]:

@@ -17,27 +17,31 @@ from pathlib import Path
 from typing import Final
 
 from autobackup import logs
-from autobackup.config import DEFAULT_PATH, Config, Destination, load
-from autobackup.errors import AutobackupError, ConfigError, Transient
+from autobackup.config import DEFAULT_PATH, Config
+from autobackup.configfile import load
+from autobackup.errors import AutobackupError, ConfigError
 from autobackup.flows.backup import Backup
 from autobackup.flows.capture import Capture
-from autobackup.flows.fanout import FanoutLimits
 from autobackup.flows.jobs import Jobs
 from autobackup.flows.learn import Learn
+from autobackup.flows.pacing import Pace
+from autobackup.flows.places import Places, Watchman
+from autobackup.flows.requests import Requests
 from autobackup.flows.runner import Runner
 from autobackup.flows.send import Send
+from autobackup.flows.tap import FanoutLimits
 from autobackup.flows.workers import Workers
 from autobackup.host.libvirt_events import LibvirtLink
 from autobackup.host.scrub import load_methods, method_named
 from autobackup.host.spool import Spool
 from autobackup.host.watch import Watch
 from autobackup.metrics import Metrics
-from autobackup.model import DestinationName, JobRecord
+from autobackup.model import JobRecord
 from autobackup.service import supervisor
 from autobackup.service.api import Api
 from autobackup.service.heap import keep_buffers
 from autobackup.service.systemd import Notify
-from autobackup.stores import Store, open_keys, open_store
+from autobackup.stores import OpenDestination, open_destination
 
 EXIT_CONFIG: Final = 2
 _HOUSEKEEPING_S: Final = 60.0
@@ -51,8 +55,8 @@ class Agent:
     """
     The agent of one host.
 
-    Seams for tests: *intend* sees every job record right before it is journaled, *observe* right after; *open_store*
-    makes the stores.
+    Seams for tests: *intend* sees every job record right before it is journaled, *observe* right after; *opened* sees
+    every destination as it is opened.
     """
 
     def __init__(
@@ -61,7 +65,7 @@ class Agent:
         *,
         intend: Callable[[JobRecord], None] = lambda _record: None,
         observe: Callable[[JobRecord], None] = lambda _record: None,
-        open_store: Callable[[Destination], Store] = open_store,
+        opened: Callable[[OpenDestination], OpenDestination] = lambda place: place,
     ) -> None:
         self._config = config
         self._notify = Notify()
@@ -84,13 +88,12 @@ class Agent:
             workers=self.workers,
             swtpm_path=str(config.libvirt.swtpm_path),
         )
-        destinations = {DestinationName(d.name): d for d in config.destination}
+        self.places = Places(config.destination, lambda d: opened(open_destination(d, config.openstack)))
         send = Send(
             jobs=self.jobs,
             spool=self.spool,
-            stores={name: open_store(d) for name, d in destinations.items()},
-            keys={name: open_keys(d) for name, d in destinations.items()},
-            destinations=destinations,
+            places=self.places.of,
+            pace=Pace(config.sealing.rate_bytes),
             limits=FanoutLimits(
                 cpu_tokens=self.workers.cpu_tokens,
                 zstd_level=config.sealing.zstd_level,
@@ -129,6 +132,7 @@ class Agent:
             jobs=self.jobs,
             learn=self.learn,
             rules=config.rule,
+            requests=config.request,
             settings=config.capture,
             verdict_despite_nova=config.verdict_despite_nova,
             workers=self.workers,
@@ -145,16 +149,18 @@ class Agent:
             on_scan=self.capture.note_scan,
             on_failure=self._watch_failed,
         )
+        self.watchman = Watchman(places=self.places, jobs=self.jobs, spool=self.spool, metrics=self.metrics)
+        requests = Requests(settings=config.request, learn=self.learn, places=self.places)
         self.api = Api(
-            path=str(config.api.socket), group=config.api.group, jobs=self.jobs, metrics=self.metrics, health=self,
-            order=self.runner.order,
+            path=str(config.api.socket), group=config.api.group, jobs=self.jobs, requests=requests,
+            metrics=self.metrics, health=self, order=self.runner.order,
         )  # fmt: skip
 
     async def run(self) -> None:
         """Until a signal. Raises `ConfigError` where the machine is not as the configuration says."""
         # a broken lease sends SIGIO, whose default is to kill the process
         signal.signal(signal.SIGIO, signal.SIG_IGN)
-        await check(self._config)
+        await check(self._config, self.places)
         self.spool.open()
         try:
             self.spool.claims.load()
@@ -173,6 +179,7 @@ class Agent:
                     "api": self.api.run,
                     "watchdog": self._notify.feed,
                     "housekeeping": self._keep_house,
+                    "destinations": self.watchman.run,
                     "runner": self.runner.run,
                     "capture": self.capture.run,
                     "libvirt": self.link.run,
@@ -194,6 +201,7 @@ class Agent:
         words = [] if self.link.is_connected else [f"libvirt does not answer at {self._config.libvirt.uri}"]
         parked = sum(record.state == "parked" for record in self.jobs.all())
         words += [f"a job cannot be read and is left untouched: {error}" for error in self.spool.unreadable_jobs]
+        words += self.watchman.unwell()
         long = [one for one in self.capture.undecided() if float(str(one["age_s"])) > _LONG_UNDECIDED_S]
         words += [f"not decided for over an hour: {one['instance']}: {one['reason']}" for one in long]
         failing = Counter(
@@ -234,8 +242,12 @@ class Agent:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-async def check(config: Config) -> None:
-    """Raise `ConfigError` for what the text alone could not show: Nova's presence, methods, key files."""
+async def check(config: Config, places: Places) -> None:
+    """
+    Raise `ConfigError` for what the text alone could not show: Nova's presence, methods, key files, clouds.yaml.
+
+    Nothing that only a cloud could answer: disks must be claimed while it is down. `Watchman` looks at it later.
+    """
     if config.verdict == "libvirt" and not config.verdict_despite_nova and config.nova_conf.exists():
         raise ConfigError(
             f"verdict = \"libvirt\": {config.nova_conf} exists, so this host is Nova's, and libvirt's word cannot tell "
@@ -243,22 +255,19 @@ async def check(config: Config) -> None:
         )
     wrong = []
     methods = load_methods()
-    for rule in config.rule:
+    for where, method in (("request", config.request.scrub), *((f"rule {r.name!r}", r.scrub) for r in config.rule)):
         try:
-            method_named(rule.scrub, methods)
+            method_named(method, methods)
         except ConfigError as exc:
-            wrong.append(f"rule {rule.name!r}: {exc}")
-    for destination in config.destination:
-        keys = open_keys(destination)
+            wrong.append(f"{where}: {exc}")
+    for name, place in places.all().items():
         try:
-            words = (await keys.draw()).header_words
-            await keys.fetch(words)
+            if place.session is not None:
+                await place.session.check_entry()
+            if place.destination.key != "barbican":
+                await place.keys.check()
         except AutobackupError as exc:
-            wrong.append(f"destination {destination.name!r}: {exc}")
-        try:
-            await open_store(destination).check()
-        except Transient as exc:
-            _log.warning("store.unavailable", destination=destination.name, error=str(exc), consequence="jobs wait")
+            wrong.append(f"destination {name!r}: {exc}")
     if wrong:
         raise ConfigError("\n".join(wrong))
 

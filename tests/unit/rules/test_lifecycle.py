@@ -70,6 +70,7 @@ COPY = """
     sent        not_proven       queued
     sent        outdated         queued
     sent        gave_up          parked
+    sent        discard_ordered  discarded
     verified    outdated         queued
     parked      retry_ordered    queued
     parked      discard_ordered  discarded
@@ -287,6 +288,15 @@ def test_whatever_is_under_way_can_be_parked() -> None:
     }
 
 
+def test_a_copy_is_discarded_only_while_it_is_not_proven_and_nobody_sends_it() -> None:
+    """A proven copy is no longer anybody's to let go; one under way would go on under the order."""
+    assert {state for state, event in COPY_WALK if event is CopyEvent.DISCARD_ORDERED} == {
+        CopyState.QUEUED,
+        CopyState.SENT,
+        CopyState.PARKED,
+    }
+
+
 def test_what_an_operator_discarded_stays_so() -> None:
     assert ways_out(CopyState.DISCARDED, COPY_WALK) == set()
 
@@ -443,3 +453,49 @@ def test_hosts_that_lost_the_same_store_come_back_between_half_and_whole_of_the_
 def test_a_pause_without_a_longest_is_still_a_number() -> None:
     """2.0 ** 1024 raises OverflowError."""
     assert math.isfinite(retry_delay_s(10**9, first_s=5.0, longest_s=math.inf, spread=1.0))
+
+
+# ---- pauses that the other side asked for ---------------------------------------------------------------------
+
+ASKED_S = [0.0, 0.001, 1.0, 30.0, 899.0, 3599.0, 3600.0]
+TOO_LONG_S = [3600.001, 7200.0, 86400.0, 1e300, math.inf]
+LONGEST_ASKED_S = 3600.0
+
+
+@pytest.mark.parametrize(("first_s", "longest_s"), PAUSES)
+@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize("asked_s", ASKED_S)
+def test_nobody_is_asked_again_earlier_than_he_said(
+    first_s: float, longest_s: float, spread: float, asked_s: float
+) -> None:
+    """Nor earlier than by our own count: a service that says "0" is not called in a busy loop."""
+    for count in COUNTS:
+        own_s = retry_delay_s(count, first_s=first_s, longest_s=longest_s, spread=spread)
+        delay_s = retry_delay_s(count, first_s=first_s, longest_s=longest_s, spread=spread, retry_after_s=asked_s)
+        assert delay_s >= asked_s, count
+        assert delay_s >= own_s, count
+        assert delay_s <= max(own_s, asked_s * 1.5), count
+
+
+@pytest.mark.parametrize(("first_s", "longest_s"), PAUSES)
+@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize("asked_s", TOO_LONG_S)
+def test_a_pause_that_is_asked_for_has_an_end(first_s: float, longest_s: float, spread: float, asked_s: float) -> None:
+    """A Retry-After of a day is a mistake, or an attack: an hour is waited, and up to a half of it more."""
+    for count in COUNTS:
+        delay_s = retry_delay_s(count, first_s=first_s, longest_s=longest_s, spread=spread, retry_after_s=asked_s)
+        assert LONGEST_ASKED_S <= delay_s <= max(longest_s, LONGEST_ASKED_S * 1.5), count
+
+
+def test_hosts_that_were_told_the_same_time_do_not_come_back_in_step() -> None:
+    for asked_s in ASKED_S[3:]:
+        delays_s = [
+            retry_delay_s(1, first_s=5.0, longest_s=900.0, spread=spread, retry_after_s=asked_s) for spread in SPREADS
+        ]
+        assert delays_s == pytest.approx([asked_s * (1 + 0.5 * spread) for spread in SPREADS])
+
+
+def test_who_asked_for_nothing_is_waited_for_as_before() -> None:
+    for count, spread in itertools.product(COUNTS, SPREADS):
+        plain_s = retry_delay_s(count, first_s=5.0, longest_s=900.0, spread=spread)
+        assert retry_delay_s(count, first_s=5.0, longest_s=900.0, spread=spread, retry_after_s=None) == plain_s

@@ -5,8 +5,11 @@ Exit status, for scripts: 0 done; 1 a bug; 2 wrong usage or configuration; 3 ref
 is not your key); 4 damaged (the bytes are not what was sealed); 5 not available now (try again).
 """
 
+import logging
+
 import click
 
+from autobackup import logs
 from autobackup.service.cli import backups, queue, setup
 from autobackup.service.cli.output import ErrorsToExitCodes
 from autobackup.service.heap import keep_buffers
@@ -15,6 +18,7 @@ from autobackup.service.heap import keep_buffers
 @click.group(cls=ErrorsToExitCodes, context_settings={"help_option_names": ["-h", "--help"]}, help=__doc__)
 @click.version_option(package_name="autobackup")
 def main() -> None:
+    logs.configure(level=logging.WARNING)
     keep_buffers()
 
 

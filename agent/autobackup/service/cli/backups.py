@@ -1,76 +1,100 @@
 """
 `list`, `show`, `verify`, `restore`: what the stores hold. These talk to the stores themselves, not to the agent, so
-they work on any machine that has a store at hand and the key: `--from FOLDER --keyfile FILE` needs no configuration.
+they work on any machine that has a store at hand and the key: `--from FOLDER --keyfile FILE` and `--cloud NAME` need
+no configuration.
 """
 
 import asyncio
+import functools
+import re
 import signal
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 
-from autobackup.config import DEFAULT_PATH, Destination, load
+from autobackup.config import DEFAULT_PATH, Destination, OpenstackSection
+from autobackup.configfile import load
 from autobackup.container.header import HEADER_BYTES, decode
-from autobackup.errors import Damaged, Refused
+from autobackup.errors import AutobackupError, Damaged, Refused, StoreRefused, Transient
 from autobackup.flows.restore import restore as restore_flow
 from autobackup.flows.verify import SealedObject, open_sealed, read_back
 from autobackup.flows.workers import Workers
 from autobackup.model import AttemptId
 from autobackup.service.cli.output import as_time, format_option, progress, show_one, show_rows
-from autobackup.stores import Store, Stored, open_keys, open_store
+from autobackup.stores import OpenDestination, Store, Stored, open_destination
+from autobackup.stores.opening import is_private_key
 from autobackup.units import format_bytes
 
 _Result = TypeVar("_Result")
 _Command = TypeVar("_Command", bound=Callable[..., Any])
-_NO_KEYFILE = Path("/nonexistent")  # `list` and `show` open nothing
+_NOT_IN_A_NAME = re.compile("[^A-Za-z0-9._-]")
+_UUID_LENGTH = 36
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Found:
     """One object, and where it was found."""
 
-    destination: Destination
-    store: Store
+    place: OpenDestination
     stored: Stored
 
 
 def _where(command: _Command) -> _Command:
     command = click.option(
-        "--keyfile", "keyfiles", multiple=True, type=click.Path(path_type=Path), help="With --from: the key file(s)."
+        "--keyfile", "keyfiles", multiple=True, type=click.Path(path_type=Path),
+        help="What opens it: a key file, or a recipient's private key.",
+    )(command)  # fmt: skip
+    command = click.option("--project", default="", help="With --cloud: its name or id, if the entry names none.")(
+        command
+    )
+    command = click.option(
+        "--cloud", default="", help="An entry of clouds.yaml: its Glance and Barbican, with that user's rights."
     )(command)
     command = click.option(
         "--from", "folder", type=click.Path(path_type=Path, file_okay=False, exists=True),
         help="A folder of sealed bundles, instead of the configured destinations.",
     )(command)  # fmt: skip
-    return click.option(
+    command = click.option(
         "--config", type=click.Path(path_type=Path), default=DEFAULT_PATH, show_default=True, help="The agent's file."
     )(command)
+
+    @functools.wraps(command)
+    def with_places(config: Path, folder: Path | None, cloud: str, project: str, keyfiles: tuple[Path, ...],
+                    **rest: object) -> object:  # fmt: skip
+        return command(places=_places(config, folder, cloud, project, keyfiles), **rest)
+
+    return cast(_Command, with_places)
 
 
 @click.command("list")
 @click.option("--instance", help="Only backups of this instance (uuid).")
 @_where
 @format_option
-def list_command(instance: str | None, config: Path, folder: Path | None, keyfiles: tuple[Path, ...], fmt: str) -> None:
+def list_command(instance: str | None, places: list[OpenDestination], fmt: str) -> None:
     """List the backups in every destination."""
 
+    unwell: list[AutobackupError] = []
+
     async def collect() -> list[_Found]:
-        return await _all(_destinations(config, folder, keyfiles))
+        return await _all(places, unwell)
 
     rows = [_row(found) for found in _run(collect)]
     rows = [row for row in rows if instance in (None, row["instance"])]
     columns = ("backup", "instance", "name", "destination", "created", "expires", "size")
-    show_rows(rows, columns=columns, fmt=fmt, empty="No backups.")
+    if rows or not unwell:
+        show_rows(rows, columns=columns, fmt=fmt, empty="No backups.")
+    if unwell:
+        raise type(unwell[0])("; ".join(str(error) for error in unwell))
 
 
 @click.command()
 @click.argument("backup")
 @_where
 @format_option
-def show(backup: str, config: Path, folder: Path | None, keyfiles: tuple[Path, ...], fmt: str) -> None:
+def show(backup: str, places: list[OpenDestination], fmt: str) -> None:
     """
     Show one BACKUP: its header. Needs no key, and so proves nothing: see `verify`.
 
@@ -78,8 +102,8 @@ def show(backup: str, config: Path, folder: Path | None, keyfiles: tuple[Path, .
     """
 
     async def look() -> dict[str, object]:
-        found = await _find(backup, _destinations(config, folder, keyfiles))
-        header = await found.store.read(found.stored.attempt, offset=0, length=HEADER_BYTES)
+        found = await _find(backup, places)
+        header = await found.place.store.read(found.stored.attempt, offset=0, length=HEADER_BYTES)
         return _row(found) | {"header": asdict(decode(header))}
 
     show_one(_run(look), fmt=fmt)
@@ -89,7 +113,7 @@ def show(backup: str, config: Path, folder: Path | None, keyfiles: tuple[Path, .
 @click.argument("backup")
 @_where
 @format_option
-def verify(backup: str, config: Path, folder: Path | None, keyfiles: tuple[Path, ...], fmt: str) -> None:
+def verify(backup: str, places: list[OpenDestination], fmt: str) -> None:
     """
     Read one BACKUP whole and prove it: every segment, every digest, every member. Writes nothing.
 
@@ -97,7 +121,7 @@ def verify(backup: str, config: Path, folder: Path | None, keyfiles: tuple[Path,
     """
 
     async def prove() -> dict[str, object]:
-        found = await _find(backup, _destinations(config, folder, keyfiles))
+        found = await _find(backup, places)
         sealed = await _open(found)
         workers = Workers()
         try:
@@ -122,7 +146,7 @@ def verify(backup: str, config: Path, folder: Path | None, keyfiles: tuple[Path,
 @click.option("--to", "target", required=True, type=click.Path(), help="A folder that does not exist yet.")
 @_where
 @format_option
-def restore(backup: str, target: str, config: Path, folder: Path | None, keyfiles: tuple[Path, ...], fmt: str) -> None:
+def restore(backup: str, target: str, places: list[OpenDestination], fmt: str) -> None:
     """
     Restore one BACKUP: its disks, with their chain put together, ready for qemu.
 
@@ -133,7 +157,7 @@ def restore(backup: str, target: str, config: Path, folder: Path | None, keyfile
     """
 
     async def bring_back() -> dict[str, object]:
-        found = await _find(backup, _destinations(config, folder, keyfiles))
+        found = await _find(backup, places)
         sealed = await _open(found)
         workers = Workers()
         try:
@@ -159,26 +183,46 @@ def restore(backup: str, target: str, config: Path, folder: Path | None, keyfile
 COMMANDS = (list_command, show, verify, restore)
 
 
-def _destinations(config: Path, folder: Path | None, keyfiles: tuple[Path, ...]) -> tuple[Destination, ...]:
-    if folder is None:
-        if keyfiles:
-            raise click.UsageError("--keyfile goes with --from")
-        return load(config).destination
-    first, *older = keyfiles or (_NO_KEYFILE,)
-    return (
-        Destination(
-            name=folder.name or "store", store="directory", path=folder, key="keyfile", keyfile=first,
-            older_keyfiles=tuple(older), reserve_bytes=0,
-        ),
-    )  # fmt: skip
+def _places(
+    config: Path, folder: Path | None, cloud: str, project: str, keyfiles: tuple[Path, ...]
+) -> list[OpenDestination]:
+    """Where to look, and with which keys: a folder, a cloud, or every destination of the configuration."""
+    if folder is not None and cloud:
+        raise click.UsageError("--from and --cloud exclude each other")
+    if project and not cloud:
+        raise click.UsageError("--project goes with --cloud")
+    private = [path for path in keyfiles if is_private_key(str(path))]
+    keks = [path for path in keyfiles if path not in private]
+    openstack = OpenstackSection()
+    if folder is not None or cloud:
+        destination = Destination(
+            name=_NOT_IN_A_NAME.sub("-", folder.name if folder else cloud).strip("-._") or "store",
+            store="glance" if cloud else "directory",
+            path=folder,
+            cloud=cloud,
+            project=project,
+            key="keyfile" if keks else "none",  # for opening, which goes by the header
+            keyfile=keks[0] if keks else None,
+            older_keyfiles=tuple(keks[1:]),
+        )
+        destinations: tuple[Destination, ...] = (destination,)
+    else:
+        read = load(config)
+        openstack = read.openstack
+        destinations = tuple(replace(one, older_keyfiles=(*one.older_keyfiles, *keks)) for one in read.destination)
+    return [open_destination(one, openstack, private_keys=[str(path) for path in private]) for one in destinations]
 
 
-async def _all(destinations: tuple[Destination, ...]) -> list[_Found]:
+async def _all(places: list[OpenDestination], unwell: list[AutobackupError]) -> list[_Found]:
+    """What every destination holds; one that cannot be asked goes to *unwell*, and does not hide the others."""
     found = []
-    for destination in destinations:
-        store = open_store(destination)
-        held = [stored if stored.properties else await _described(store, stored) for stored in await store.held()]
-        found += [_Found(destination=destination, store=store, stored=stored) for stored in held]
+    for place in places:
+        try:
+            held = [one if one.properties else await _described(place.store, one) for one in await place.store.held()]
+        except (Transient, Refused) as exc:
+            unwell.append(exc)
+            continue
+        found += [_Found(place=place, stored=stored) for stored in held]
     return found
 
 
@@ -197,29 +241,43 @@ async def _described(store: Store, stored: Stored) -> Stored:
     return replace(stored, properties=words)
 
 
-async def _find(backup: str, destinations: tuple[Destination, ...]) -> _Found:
-    everything = await _all(destinations)
-    exact = [one for one in everything if one.stored.attempt == backup]
-    if exact:
-        return exact[0]
+async def _find(backup: str, places: list[OpenDestination]) -> _Found:
+    unwell: list[AutobackupError] = []
+    direct = await _by_id(backup, places, unwell)  # an image that somebody shared may be in no list of ours
+    if direct is not None:
+        return direct
+    everything = await _all(places, unwell)
     near = [
         one
         for one in everything
         if one.stored.attempt.startswith(backup) or _words(one.stored).get("instance") == backup
     ]
+    if not near and unwell:
+        raise unwell[0]
     if not near:
-        places = ", ".join(destination.name for destination in destinations) or "no destination is configured"
-        raise Refused(f"no backup {backup!r} (looked in: {places}); autobackup list shows what there is")
+        looked_in = ", ".join(place.destination.name for place in places) or "no destination is configured"
+        raise Refused(f"no backup {backup!r} (looked in: {looked_in}); autobackup list shows what there is")
     if len(near) > 1:
-        listed = ", ".join(f"{one.stored.attempt} in {one.destination.name}" for one in near)
+        listed = ", ".join(f"{one.stored.attempt} in {one.place.destination.name}" for one in near)
         raise Refused(f"{backup!r} is not one backup but {len(near)}; name one of: {listed}")
     return near[0]
 
 
+async def _by_id(backup: str, places: list[OpenDestination], unwell: list[AutobackupError]) -> _Found | None:
+    if len(backup) != _UUID_LENGTH:
+        return None
+    for place in places:
+        try:
+            return _Found(place=place, stored=await place.store.stat(AttemptId(backup)))
+        except StoreRefused:
+            continue
+        except Transient as exc:
+            unwell.append(exc)
+    return None
+
+
 async def _open(found: _Found) -> SealedObject:
-    if found.destination.keyfile == _NO_KEYFILE:
-        raise click.UsageError("--from needs --keyfile FILE here: the key file that this was sealed under")
-    return await open_sealed(found.store, open_keys(found.destination), AttemptId(found.stored.attempt))
+    return await open_sealed(found.place.store, found.place.keys, AttemptId(found.stored.attempt))
 
 
 def _row(found: _Found) -> dict[str, object]:
@@ -228,7 +286,7 @@ def _row(found: _Found) -> dict[str, object]:
         "backup": found.stored.attempt,
         "instance": words.get("instance", ""),
         "name": words.get("instance_name", ""),
-        "destination": found.destination.name,
+        "destination": words.get("destination") or found.place.destination.name,
         "created": as_time(words.get("created_at")),
         "expires": as_time(words.get("expires_at")) or ("never" if words else "unknown"),
         "size": format_bytes(found.stored.size_bytes),

@@ -10,7 +10,8 @@ from typing import Any, Final
 
 import click
 
-from autobackup.config import ApiSection, load
+from autobackup.config import ApiSection
+from autobackup.configfile import load
 from autobackup.errors import Refused, Transient
 from autobackup.service.cli.output import format_option, show_one, show_rows
 from autobackup.units import format_duration
@@ -74,18 +75,24 @@ def retry(before: Path, job: str, path: Path | None, config: Path | None) -> Non
 
 @queue.command()
 @click.argument("job")
-@click.option("--confirm", is_flag=True, help="Required: the last state of the instance is let go, unbacked.")
+@click.option("--destination", help="Give up this copy alone; the others must still be proven before the scrub.")
+@click.option("--confirm", is_flag=True, help="Required: what is discarded is let go, unbacked.")
 @_socket_option
 @_config_option
 @click.pass_obj
-def discard(before: Path, job: str, path: Path | None, config: Path | None, *, confirm: bool) -> None:
-    """Give JOB up: its disks are unlinked without a proven backup. It goes on the receipt."""
+def discard(
+    before: Path, job: str, destination: str | None, path: Path | None, config: Path | None, *, confirm: bool
+) -> None:
+    """Give JOB up, or one of its copies. It goes on the receipt. The disks of a whole job are unlinked unbacked."""
     if not confirm:
+        what = f"--destination {destination} " if destination else ""
         raise click.UsageError(
-            f"this lets the last state of the instance go; say: autobackup queue discard {job} --confirm"
+            f"this lets the last state of the instance go{' unbacked there' if destination else ''}; "
+            f"say: autobackup queue discard {job} {what}--confirm"
         )
     where = _path(path, config) if path or config else before
-    click.echo(f"{job}: {_ask(where, 'POST', f'/v1/queue/{job}/discard', {'confirm': job})['state']}")
+    order = {"confirm": job, "destination": destination or ""}
+    click.echo(f"{job}: {_ask(where, 'POST', f'/v1/queue/{job}/discard', order)['state']}")
 
 
 COMMANDS = (status, queue)

@@ -1,14 +1,22 @@
-"""`check-config` and `keygen`: before the first start."""
+"""`check-config`, `keygen`, `doctor`: before the first start, and when something is not well."""
 
 import asyncio
+import functools
+from dataclasses import asdict
 from pathlib import Path
 
 import click
 
-from autobackup.config import DEFAULT_PATH, load
+from autobackup.config import DEFAULT_PATH
+from autobackup.configfile import load
+from autobackup.errors import Transient
+from autobackup.flows.examine import examine
+from autobackup.flows.places import Places
 from autobackup.service.app import check
-from autobackup.service.cli.output import format_option, show_one
-from autobackup.stores.keys import write_kek
+from autobackup.service.cli.output import format_option, show_one, show_rows
+from autobackup.stores import open_destination
+from autobackup.stores.keyfile import write_kek
+from autobackup.stores.recipient import write_key_pair
 
 
 @click.command("check-config")
@@ -17,7 +25,8 @@ from autobackup.stores.keys import write_kek
 def check_config(file: Path, fmt: str) -> None:
     """Read FILE and its conf.d as the agent would; say what is wrong, and what the rules amount to."""
     config = load(file)
-    asyncio.run(check(config))
+    places = Places(config.destination, functools.partial(open_destination, openstack=config.openstack))
+    asyncio.run(check(config, places))
     show_one(
         {
             "file": str(file),
@@ -32,14 +41,42 @@ def check_config(file: Path, fmt: str) -> None:
 
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
+@click.option("--recipient", is_flag=True, help="A key pair instead: FILE opens, FILE.pub is for `recipients`.")
+@click.option(
+    "--post-quantum", is_flag=True, help="With --recipient: ML-KEM-768 and X25519 together, not X25519 alone."
+)
 @format_option
-def keygen(file: Path, fmt: str) -> None:
+def keygen(file: Path, fmt: str, *, recipient: bool, post_quantum: bool) -> None:
     """
     Make a key file: a fresh key-encryption key, mode 0600. An existing file is never overwritten.
 
-    Keep a copy off this host. Without it nothing that was sealed under it can ever be opened.
+    Keep a copy off this host. Without it nothing that was sealed under it can ever be opened. Of a pair, the host needs
+    FILE.pub alone: keep FILE where disks are restored, and nowhere near the host.
     """
-    show_one({"file": str(file), "kek_id": write_kek(str(file))}, fmt=fmt)
+    if post_quantum and not recipient:
+        raise click.UsageError("--post-quantum goes with --recipient")
+    if recipient:
+        key_id = write_key_pair(str(file), post_quantum=post_quantum)
+        show_one({"file": str(file), "public": f"{file}.pub", "recipient_id": key_id}, fmt=fmt)
+    else:
+        show_one({"file": str(file), "kek_id": write_kek(str(file))}, fmt=fmt)
 
 
-COMMANDS = (check_config, keygen)
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path), default=DEFAULT_PATH)
+@format_option
+def doctor(file: Path, fmt: str) -> None:
+    """
+    Ask every destination of FILE whether it would take a backup now: reachable, which role is missing, what is weak.
+
+    Draws a key where keys come from, gets it again, and destroys it. Exit status 5 if one would not.
+    """
+    config = load(file)
+    findings = asyncio.run(examine([open_destination(one, config.openstack) for one in config.destination]))
+    columns = ("destination", "where", "result", "remedy")
+    show_rows([asdict(one) for one in findings], columns=columns, fmt=fmt, empty="No destination is configured.")
+    if any(one.result == "unusable" for one in findings):
+        raise Transient("not every destination would take a backup now")
+
+
+COMMANDS = (check_config, keygen, doctor)

@@ -1,0 +1,111 @@
+"""
+The destinations of this host, opened once each; and a look at them from time to time.
+
+A copy says by name where it goes. What is looked at: whether the destination would take a copy now, which is told
+before one is needed, and what this host began there and never ended.
+"""
+
+import asyncio
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
+
+from autobackup import logs
+from autobackup.config import Destination
+from autobackup.errors import AutobackupError, Refused
+from autobackup.flows.jobs import Jobs
+from autobackup.host.spool import Spool
+from autobackup.metrics import Metrics
+from autobackup.model import AttemptId, CopyRecord, DestinationName, Request
+from autobackup.rules.policy import requested_destination
+from autobackup.stores import OpenDestination
+
+_log = logs.get("flows.places")
+_LOOK_EVERY_S: Final = 600.0
+
+
+class Places:
+    """Opens destinations. *opened* is how; asks nobody on the outside."""
+
+    def __init__(self, destinations: Sequence[Destination], opened: Callable[[Destination], OpenDestination]) -> None:
+        self._opened = opened
+        self._open = {DestinationName(one.name): opened(one) for one in destinations}
+        self._requested: dict[Destination, OpenDestination] = {}
+
+    def of(self, copy: CopyRecord) -> OpenDestination:
+        """Where *copy* goes; `Refused` if that is no longer in the configuration."""
+        if copy.request is not None:
+            return self.requested(DestinationName(copy.destination.rpartition(".")[0]), copy.request)
+        return self._named(copy.destination)
+
+    def requested(self, template: DestinationName, request: Request) -> OpenDestination:
+        """Where *request* wants it, on the terms of the destination *template*."""
+        destination = requested_destination(self._named(template).destination, request)
+        if destination not in self._requested:
+            self._requested[destination] = self._opened(destination)
+        return self._requested[destination]
+
+    def _named(self, name: DestinationName) -> OpenDestination:
+        try:
+            return self._open[name]
+        except KeyError:
+            raise Refused(
+                f"destination {name!r} is no longer in the configuration; put it back, or discard it"
+            ) from None
+
+    def all(self) -> Mapping[DestinationName, OpenDestination]:
+        return self._open
+
+
+class Watchman:
+    """Looks at every destination, at the start and then every ten minutes."""
+
+    def __init__(self, *, places: Places, jobs: Jobs, spool: Spool, metrics: Metrics) -> None:
+        self._places = places
+        self._jobs = jobs
+        self._metrics = metrics
+        self._spool = spool
+        self._unwell: dict[DestinationName, str] = {}
+
+    def unwell(self) -> list[str]:
+        """What keeps destinations from taking a copy, as of the last look."""
+        return [f"destination {name!r}: {words}" for name, words in self._unwell.items()]
+
+    async def run(self) -> None:
+        """For ever."""
+        while True:
+            for name, place in self._places.all().items():
+                await self._look(name, place)
+            # not in step with 1,000 other hosts
+            await asyncio.sleep(_LOOK_EVERY_S * random.uniform(0.75, 1.25))  # noqa: S311
+
+    async def _look(self, name: DestinationName, place: OpenDestination) -> None:
+        try:
+            await place.store.check()
+            await place.keys.check()
+            await self._tidy(name, place)
+        except AutobackupError as exc:
+            if self._unwell.get(name) != str(exc):
+                _log.warning("destination.unwell", destination=name, error=str(exc), consequence="jobs wait")
+            self._unwell[name] = str(exc)
+        else:
+            if self._unwell.pop(name, None) is not None:
+                _log.info("destination.well", destination=name)
+        self._metrics.destination_reachable.labels(destination=name).set(name not in self._unwell)
+
+    async def _tidy(self, name: DestinationName, place: OpenDestination) -> None:
+        """
+        Delete what a discarded job, or a journal that was lost, left half sent.
+
+        The store is asked first: what is under way was journaled before the store heard of it.
+        """
+        for attempt in await place.store.unfinished(self._spool.agent_id):
+            if attempt not in self._known():
+                await place.keys.destroy(attempt)
+                await place.store.delete(attempt)
+                _log.info("attempt.removed", destination=name, attempt=attempt, reason="no job knows it")
+
+    def _known(self) -> set[AttemptId]:
+        copies = [copy for record in self._jobs.all() for copy in record.copies]
+        obsolete = {attempt for copy in copies for attempt in copy.obsolete}
+        return obsolete | {copy.attempt.attempt for copy in copies if copy.attempt is not None}
