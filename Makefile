@@ -5,19 +5,31 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
+# The lab's Keystone, Barbican and Glance live in an environment of their own.
+CLOUD_LAB := tests/lab/openstack
+CLOUD     := build/openstack
+OPENSTACK := $(CLOUD)/.installed
+
 # What the packages are for: a hypervisor without KVM; building libvirt-python; the tools tests and users compare with.
 PACKAGES := libvirt-daemon-system libvirt-clients qemu-system-x86 qemu-utils seabios \
             libvirt-dev pkg-config gcc libc6-dev binutils python3-venv python3-dev \
             util-linux mount e2fsprogs xfsprogs zstd openssl strace
 BENCH_PACKAGES := age gnupg restic borgbackup coreutils curl time
 
-.PHONY: demo test check lint fmt bench crash clean packages bench-packages
+.PHONY: demo demo-openstack test check lint fmt bench crash clean packages bench-packages
 
 demo: $(STAMP)
 	$(BIN)/python -m tests.demo
 
-test: $(STAMP)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+demo-openstack: $(STAMP) $(OPENSTACK)
+	$(BIN)/python -m tests.demo_openstack
+
+# Most tests wait for something: a file of them in each of so many processes (each has a libvirtd and a cloud of its own).
+# The seed is made here, once, and not within the time that the first test has that wants a cloud.
+TEST_PROCESSES ?= 3
+test: $(STAMP) $(OPENSTACK)
+	@$(BIN)/python -m tests.lab.openstack.seed
+	AUTOBACKUP_REQUIRE_OPENSTACK=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
 
 # The heavy variants of the crash and storm tests; CI runs the bounded ones within `test`.
 crash: $(STAMP)
@@ -35,7 +47,7 @@ fmt: $(STAMP)
 	$(BIN)/ruff format agent tests docs
 	$(BIN)/ruff check --fix agent tests docs
 
-bench: $(STAMP) bench-packages
+bench: $(STAMP) $(OPENSTACK) bench-packages
 	$(BIN)/python -m tests.bench $(BENCH_ARGS)
 
 clean:
@@ -54,6 +66,14 @@ $(STAMP): pyproject.toml .ci/constraints.txt | packages
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt --editable '.[dev]'
+	@touch $@
+
+$(OPENSTACK): $(CLOUD_LAB)/requirements.txt $(CLOUD_LAB)/constraints.txt | packages
+	rm -rf $(CLOUD)/venv $@
+	@mkdir -p $(CLOUD)
+	$(PYTHON) -m venv $(CLOUD)/venv
+	$(CLOUD)/venv/bin/python -m pip install --quiet --disable-pip-version-check \
+	  -r $(CLOUD_LAB)/requirements.txt -c $(CLOUD_LAB)/constraints.txt
 	@touch $@
 
 # apt is asked only for what is missing, so that an installed machine needs no network.

@@ -1,5 +1,6 @@
 """The lab as fixtures, and the proof that a test session leaves nothing on the machine."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,15 +11,18 @@ from tests.crash.scene import Company, Scene
 from tests.lab.hypervisor import Hypervisor, missing_requirements
 from tests.lab.instances import Compute
 from tests.lab.leftovers import find_leftovers, mark_children
+from tests.lab.openstack.cloud import Cloud, missing_services
 from tests.lab.workspace import Workspace
 from tests.lab.workspace import workspace as open_workspace
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`-m "not hypervisor"` leaves out whatever would start one."""
+    """`-m "not hypervisor"` leaves out whatever would start one, `-m "not openstack"` whatever needs a cloud."""
     for item in items:
         if "hypervisor" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.hypervisor)
+        if "openstack_services" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.openstack)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -50,6 +54,22 @@ def hypervisor(workspace: Workspace) -> Iterator[Hypervisor]:
     if missing := missing_requirements():
         pytest.skip(f"a hypervisor needs {', '.join(missing)}")
     with Hypervisor() as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def openstack_services() -> None:
+    """The services are installed. `cloud` asks for it, and so does a test that starts clouds of its own."""
+    if missing := missing_services():
+        if os.environ.get("CI") or os.environ.get("AUTOBACKUP_REQUIRE_OPENSTACK"):
+            pytest.fail(missing, pytrace=False)
+        pytest.skip(missing)
+
+
+@pytest.fixture(scope="session")
+def cloud(workspace: Workspace, openstack_services: None) -> Iterator[Cloud]:
+    """A private Keystone, Barbican and Glance, started for the first test that asks; everybody's."""
+    with Cloud() as started:
         yield started
 
 

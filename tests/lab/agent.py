@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -34,6 +34,8 @@ class AgentProcess:
     """
     One agent on *instances_path*, with a `directory` store below *home*. Use it as a context manager.
 
+    *destinations* are further ones, by name, with the keys of their tables; the rule names all of them.
+
     *command* replaces `autobackup-agent`, for tests that need the agent with a seam.
     """
 
@@ -45,6 +47,7 @@ class AgentProcess:
         uri: str,
         filesystems: Sequence[str] = ("ext4", "xfs"),
         stores: Sequence[str] = ("vault",),
+        destinations: Mapping[str, Mapping[str, object]] | None = None,
         rule: str = 'name = "everything"',
         capture: str = "",
         extra: str = "",
@@ -67,19 +70,23 @@ class AgentProcess:
             folder.mkdir(mode=0o700, exist_ok=True)
         if not self.keyfile.exists():
             self.cli("keygen", str(self.keyfile))
-        destinations = "\n".join(
+        tables = "\n".join(
             f'[[destination]]\nname = "{name}"\nstore = "directory"\npath = "{folder}"\nkey = "keyfile"\n'
             f'keyfile = "{self.keyfile}"\nretention = "30d"\nverify = "{verify}"\nreserve = "0B"\n'
             for name, folder in self.stores.items()
         )
-        names = ", ".join(f'"{name}"' for name in self.stores)
+        for name, keys in (destinations or {}).items():
+            table = {"name": name, "retention": "30d", "verify": verify, **keys}
+            destinations_text = "\n".join(f"{key} = {json.dumps(value)}" for key, value in table.items())
+            tables += f"\n[[destination]]\n{destinations_text}\n"
+        names = ", ".join(f'"{name}"' for name in (*self.stores, *(destinations or {})))
         self.config.write_text(
             f'instances_path = "{instances_path}"\nverdict = "libvirt"\nverdict_despite_nova = true\n{extra}\n'
             f'[libvirt]\nuri = "{uri}"\nkeepalive_interval = "1s"\ncall_timeout = "5s"\nreconnect_longest = "1s"\n'
             f'[capture]\nquiet_period = "1s"\nleaked_after = "3s"\nscan_interval = "5s"\nundecided_longest = "2s"\n'
             f"filesystems = {json.dumps(list(filesystems))}\n{capture}\n"
             f'[retry]\nfirst = "200ms"\nlongest = "1s"\n'
-            f'[api]\nsocket = "{self.socket}"\n\n{destinations}\n[[rule]]\n{rule}\ndestinations = [{names}]\n'
+            f'[api]\nsocket = "{self.socket}"\n\n{tables}\n[[rule]]\n{rule}\ndestinations = [{names}]\n'
             f'scrub = "{scrub}"\n'
         )
 
@@ -183,11 +190,14 @@ class AgentProcess:
             words=f"a receipt for {uuid}; log: {self.log_path}",
         )
 
-    def cli(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    def cli(
+        self, *arguments: str, check: bool = True, environment: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
         """The command line, as a process."""
         done = subprocess.run(
-            [sys.executable, "-m", "autobackup.service.cli", *arguments], capture_output=True, text=True, check=False
-        )
+            [sys.executable, "-m", "autobackup.service.cli", *arguments],
+            capture_output=True, text=True, check=False, env={**os.environ, **(environment or {})},
+        )  # fmt: skip
         if check and done.returncode:
             raise AssertionError(f"autobackup {' '.join(arguments)}: {done.returncode}\n{done.stderr}")
         return done
