@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -22,9 +23,13 @@ from typing import Final
 
 from tests.lab.filesystem import LoopFilesystem, loop_filesystem
 from tests.lab.mounts import mount
+from tests.lab.openstack.cloud import Cloud
+from tests.lab.proxy import Proxy
 
+from autobackup.cloud.session import ProjectSession
 from autobackup.model import AttemptId
 from autobackup.stores.directory import DirectoryStore
+from autobackup.stores.glance import GlanceStore
 from autobackup.stores.interface import Chunk, Store
 
 MiB: Final = 1 << 20
@@ -79,6 +84,10 @@ class BodyOf:
         self._ended = True
 
     @property
+    def announced_bytes(self) -> int | None:
+        return None
+
+    @property
     def size_bytes(self) -> int:
         if not self._ended:
             raise RuntimeError("the body has not been sent to its end")
@@ -117,7 +126,13 @@ def directory_bench(root: Path, *, filesystem: LoopFilesystem | None = None) -> 
 
 
 def open_spec(spec: str) -> Store:
-    return DirectoryStore(json.loads(spec)["directory"])
+    words = json.loads(spec)
+    if "cloud" not in words:
+        return DirectoryStore(words["directory"])
+    session = ProjectSession(
+        cloud=words["cloud"], project=words["project"], clouds_yaml=Path(words["clouds"]), call_timeout_s=5.0
+    )
+    return GlanceStore(session)
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -173,9 +188,76 @@ def _directory_on_xfs() -> Iterator[Callable[[], StoreBench]]:
         yield lambda: directory_bench(filesystem.mount_point / new_attempt(), filesystem=filesystem)
 
 
+# ---- the glance store -------------------------------------------------------------------------------------
+
+
+def glance_bench(cloud: Cloud, clouds_yaml: Path, proxy: Proxy, *, capacity_bytes: int) -> StoreBench:
+    spec = json.dumps({"cloud": "autobackup", "project": "vault", "clouds": str(clouds_yaml)})
+    return StoreBench(
+        store=open_spec(spec),
+        spec=spec,
+        flip=lambda attempt, offset: _flip(cloud.image_file(_image_of(cloud, attempt)), offset),
+        damage_metadata=lambda attempt: _edit_properties(cloud, attempt),
+        outages={
+            "gone": lambda: _behind(proxy, proxy.refuse),
+            "silent": lambda: _behind(proxy, proxy.stall),
+            "not consented": lambda: _without_role(cloud),
+        },
+        capacity_bytes=capacity_bytes,
+    )
+
+
+def _image_of(cloud: Cloud, attempt: AttemptId) -> str:
+    found = cloud.call("vera", "vault", "GET", f"{cloud.glance_url}/v2/images?tag=autobackup:{attempt}").json()
+    return str(found["images"][0]["id"])
+
+
+def _edit_properties(cloud: Cloud, attempt: AttemptId) -> None:
+    """As any member of the project may."""
+    answer = cloud.call(
+        "vera", "vault", "PATCH", f"{cloud.glance_url}/v2/images/{_image_of(cloud, attempt)}",
+        data=json.dumps([{"op": "replace", "path": "/autobackup_attempt", "value": "mine"}]).encode(),
+        headers={"Content-Type": "application/openstack-images-v2.1-json-patch"},
+    )  # fmt: skip
+    assert answer.status == 200, answer
+
+
+@contextlib.contextmanager
+def _behind(proxy: Proxy, fault: Callable[[], None]) -> Iterator[None]:
+    fault()
+    try:
+        yield
+    finally:
+        proxy.heal()
+
+
+@contextlib.contextmanager
+def _without_role(cloud: Cloud) -> Iterator[None]:
+    cloud.revoke("autobackup", "vault", "autobackup")
+    try:
+        yield
+    finally:
+        cloud.grant("autobackup", "vault", "autobackup")
+
+
+@contextlib.contextmanager
+def _glance() -> Iterator[Callable[[], StoreBench]]:
+    """A real one, with a quota that a test can fill, behind a wire that a test can cut."""
+    capacity_bytes = 24 * MiB
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Cloud() as cloud,
+        cloud.glance_with(user_storage_quota=str(capacity_bytes)) as url,
+        Proxy.to(url) as proxy,
+    ):
+        clouds_yaml = cloud.clouds_with(Path(folder), image=proxy.url)
+        yield lambda: glance_bench(cloud, clouds_yaml, proxy, capacity_bytes=capacity_bytes)
+
+
 FACTORIES: Final[Mapping[str, Callable[[], AbstractContextManager[Callable[[], StoreBench]]]]] = {
     "directory-ext4": _directory_on_ext4,
     "directory-xfs": _directory_on_xfs,
+    "glance": _glance,
 }
 
 

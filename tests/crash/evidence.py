@@ -25,13 +25,13 @@ from autobackup.flows.verify import open_sealed, read_back
 from autobackup.flows.workers import Workers
 from autobackup.model import AttemptId
 from autobackup.stores.directory import DirectoryStore
-from autobackup.stores.keys import KeyFile
+from autobackup.stores.keyfile import KeyFile
 
 MiB = 1 << 20
 REPOSITORY = Path(__file__).parents[2]
 PLAIN = [sys.executable, "-m", "autobackup.service"]
 QUICK = '[capture]\nquiet_period = "1s"\nleaked_after = "1s"\nscan_interval = "1s"\n'
-SKELETON = {"lock", "host", "reserve", "claims", "bases", "instances", "jobs", "receipts"}
+SKELETON = {"lock", "host", "agent", "reserve", "claims", "bases", "instances", "jobs", "receipts"}
 
 
 def quicken(agent: AgentProcess, more: str = "") -> AgentProcess:

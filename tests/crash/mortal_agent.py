@@ -21,15 +21,15 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from autobackup import logs
-from autobackup.config import Destination, load
+from autobackup.configfile import load
 from autobackup.host.scrub_methods import zero
 from autobackup.model import AttemptId, JobRecord
 from autobackup.service.app import Agent
-from autobackup.stores import Body, Chunk, Store, Stored, open_store
+from autobackup.stores import Body, Chunk, OpenDestination, Store, Stored
 
 MORTAL = "AUTOBACKUP_MORTAL"
 
@@ -77,6 +77,10 @@ class MortalBody:
                 self._fates.strike(f"put:{marks.pop(0)}")
 
     @property
+    def announced_bytes(self) -> int | None:
+        return self._body.announced_bytes
+
+    @property
     def size_bytes(self) -> int:
         return self._body.size_bytes
 
@@ -112,12 +116,18 @@ class MortalStore:
     async def read(self, attempt: AttemptId, *, offset: int, length: int) -> bytes:
         return await self._store.read(attempt, offset=offset, length=length)
 
+    def stream(self, attempt: AttemptId, *, offset: int) -> AsyncIterator[bytes]:
+        return self._store.stream(attempt, offset=offset)
+
     async def delete(self, attempt: AttemptId) -> None:
         self._fates.strike("delete")
         await self._store.delete(attempt)
 
     async def held(self) -> list[Stored]:
         return await self._store.held()
+
+    async def unfinished(self, agent_id: str) -> list[AttemptId]:
+        return await self._store.unfinished(agent_id)
 
 
 def read_fates(words: str) -> Fates:
@@ -148,14 +158,14 @@ def install_scrub_method(folder: Path) -> None:
 
 
 async def run(config: Path, fates: Fates) -> None:
-    def make_store(destination: Destination) -> Store:
-        return MortalStore(open_store(destination), fates)
+    def opened(place: OpenDestination) -> OpenDestination:
+        return replace(place, store=MortalStore(place.store, fates))
 
     await Agent(
         load(config),
         intend=lambda record: fates.strike_at("before", record),
         observe=lambda record: fates.strike_at("after", record),
-        open_store=make_store,
+        opened=opened,
     ).run()
 
 

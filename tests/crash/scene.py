@@ -24,7 +24,7 @@ from tests.lab.hypervisor import Hypervisor
 from tests.lab.instances import Compute
 from tests.lab.workspace import Workspace
 
-from autobackup.stores.keys import write_kek
+from autobackup.stores.keyfile import write_kek
 
 COMPANIONS = int(os.environ.get("AUTOBACKUP_COMPANIONS", "4"))
 

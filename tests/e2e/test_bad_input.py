@@ -43,7 +43,7 @@ from autobackup.flows.workers import Workers
 from autobackup.host.filesystems import check_spool
 from autobackup.model import AttemptId
 from autobackup.stores.directory import DirectoryStore
-from autobackup.stores.keys import KeyFile
+from autobackup.stores.keyfile import KeyFile
 
 SECRET = b"root:$6$this-line-must-travel-nowhere:19000:0:99999:7:::\n" * 40
 

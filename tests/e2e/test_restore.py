@@ -35,7 +35,7 @@ from autobackup.flows.verify import open_sealed
 from autobackup.flows.workers import Workers
 from autobackup.model import AttemptId
 from autobackup.stores.directory import DirectoryStore
-from autobackup.stores.keys import KeyFile, write_kek
+from autobackup.stores.keyfile import KeyFile, write_kek
 
 MiB = 1 << 20
 
@@ -331,8 +331,9 @@ def test_the_exit_statuses_are_those_of_the_manual(capture: Capture, tmp_path: P
     for status, *arguments in (
         (2, "list", "--config", str(tmp_path / "none.toml")),
         (2, "restore", capture.attempt, *config),
-        (2, "verify", capture.attempt, "--keyfile", str(capture.agent.keyfile), *config),
-        (2, "restore", capture.attempt, "--from", vault, "--to", str(tmp_path / "t")),
+        (2, "verify", capture.attempt, "--project", "without-a-cloud", *config),
+        (2, "list", "--from", vault, "--cloud", "both"),
+        (3, "restore", capture.attempt, "--from", vault, "--to", str(tmp_path / "t")),
         (2, "no-such-command"),
         (3, "show", "no-such-backup", *config),
         (3, "keygen", str(capture.agent.keyfile)),
