@@ -31,6 +31,7 @@ from tests.bench.harness import (
     spread,
     walls,
 )
+from tests.bench.sealed import thread_shares
 
 Samples = Mapping[str, Sequence[Sample]]
 _SECRETS: Final = HOME / "secrets"
@@ -167,7 +168,7 @@ def _against_floor(streams: Samples, size_gib: float) -> list[Figure]:
                     ratio=str(wall),
                     target=">= 0.90",
                     met=wall.median >= 0.90,
-                    binds=f"{_shares(ours)}; {noise}",
+                    binds=f"{thread_shares(ours)}; {noise}",
                     data=_data(streams),
                 )
             )
@@ -179,7 +180,7 @@ def _against_floor(streams: Samples, size_gib: float) -> list[Figure]:
                 ratio=f"{ratio}; without it {ratios(own_cpu, without)}",
                 target=f"<= {limit:.2f}",
                 met=ratio.median <= limit,
-                binds=f"floor: {_floor_words(floor, size_gib)}; ours: {_shares(ours)}",
+                binds=f"floor: {_floor_words(floor, size_gib)}; ours: {thread_shares(ours)}",
             )
         )
         double = streams[f"ours {compression} x2"]
@@ -189,7 +190,7 @@ def _against_floor(streams: Samples, size_gib: float) -> list[Figure]:
                 ours=_seconds(said(double, "wall_s")),
                 other=_seconds(said(ours, "wall_s")),
                 ratio=str(ratios(said(double, "wall_s"), said(ours, "wall_s"))),
-                binds=f"CPU: {ratios(said(double, 'cpu_s'), own_cpu)} of one destination's; {_shares(double)}",
+                binds=f"CPU: {ratios(said(double, 'cpu_s'), own_cpu)} of one destination's; {thread_shares(double)}",
             )
         )
     return figures
@@ -229,7 +230,7 @@ def _against(
         ratio=f"wall {wall} x, CPU {cpu} x",
         target=f">= {target:.3g} x" if target else "",
         met=wall.median >= target if target else None,
-        binds=f"{_shares(samples[ours])}; {noise_of(samples)}",
+        binds=f"{thread_shares(samples[ours])}; {noise_of(samples)}",
         data=_data({name: samples[name] for name in (ours, other)}),
     )
 
@@ -261,26 +262,6 @@ def _floor_words(floor: Sequence[Sample], size_gib: float) -> str:
     names = floor[0].said["cpu_s"]
     median = {name: statistics.median(sample.said["cpu_s"][name] for sample in floor) / size_gib for name in names}
     return ", ".join(f"{name} {seconds:.2f}" for name, seconds in median.items())
-
-
-def _shares(ours: Sequence[Sample]) -> str:
-    """
-    What share of the wall each kind of thread computed, or stood ready and had no CPU. What is near 1 binds.
-
-    A third number, its share of the time in which it was not kept waiting for a CPU, does not depend on who else ran.
-    """
-    parts = []
-    for name in ours[0].said["threads"]:
-        if name in ("MainThread", "look"):
-            continue
-        shares = []
-        for sample in ours:
-            spent, wall_s = sample.said["threads"].get(name, {"cpu_s": 0.0, "queued_s": 0.0}), sample.said["wall_s"]
-            shares.append((spent["cpu_s"] / wall_s, spent["queued_s"] / wall_s))
-        busy, queued = (statistics.median(values) for values in zip(*shares, strict=True))
-        alone = f", {busy / (1 - queued):.2f} of the rest" if queued < 1 and not name.startswith("compress") else ""
-        parts.append(f"{name} {busy:.2f} (+{queued:.2f} queued{alone})")
-    return "thread CPU/wall: " + ", ".join(parts)
 
 
 def _rate(size_gib: float, seconds: Sequence[float]) -> Spread:

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import secrets
+import statistics
 import threading
 import time
 import uuid
@@ -13,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from tests.bench.harness import HOME
+from tests.bench.harness import HOME, Sample
 
 from autobackup.container import header as container_header
 from autobackup.container.header import Header
@@ -26,11 +27,13 @@ from autobackup.host.disks import HeldDisk
 from autobackup.model import AttemptId, DestinationName
 from autobackup.stores import Body, Store, Stored
 from autobackup.stores.directory import DirectoryStore
-from autobackup.stores.keys import KeyFile, write_kek
+from autobackup.stores.keyfile import KeyFile, write_kek
 
 KEYFILE: Final = HOME / "kek"
 _INSTANCE: Final = "c0ffee00-0000-4000-8000-000000000000"
 _SAMPLE_EVERY_S: Final = 0.02
+_LOOKING: Final = "look"
+_LEAST_SHARE: Final = 0.01  # of the wall; less is not worth a word
 
 
 class NullStore:
@@ -77,6 +80,9 @@ class ThreadTime:
     queued_s: float  # runnable, waiting for a CPU
 
 
+_NOTHING: Final = ThreadTime(cpu_s=0, queued_s=0)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sealing:
     """One fan-out, measured from within. `attempts` is what to read back, in the order of the stores."""
@@ -102,7 +108,7 @@ async def seal(
         attempts = [AttemptId(str(uuid.uuid4())) for _ in stores]
         outlets = [await _outlet(n, attempts[n], store) for n, store in enumerate(stores)]
         contents = _contents(disk)
-        with _thread_times() as threads:
+        with thread_times() as threads:
             started_s, started_cpu_s = time.perf_counter(), time.process_time()
             outcomes = await fan_out(contents, outlets, limits)
             wall_s, cpu_s = time.perf_counter() - started_s, time.process_time() - started_cpu_s
@@ -157,31 +163,63 @@ def _contents(disk: HeldDisk) -> Contents:
 
 
 @contextmanager
-def _thread_times() -> Iterator[dict[str, ThreadTime]]:
-    """CPU and run-queue time of every thread while it lived, to within 20 ms. Threads of one kind add up."""
-    latest: dict[int, tuple[str, ThreadTime]] = {}
+def thread_times(*, every_s: float = _SAMPLE_EVERY_S) -> Iterator[dict[str, ThreadTime]]:
+    """CPU and run-queue time of every thread while this is entered, to within *every_s*. Those of one kind add up."""
+    before = {thread.native_id: _thread_time(thread) for thread in threading.enumerate()}
+    latest: dict[int | None, tuple[str, ThreadTime]] = {}
     times: dict[str, ThreadTime] = {}
     done = threading.Event()
 
     def look() -> None:
-        while not done.wait(_SAMPLE_EVERY_S):
+        while not done.wait(every_s):
             for thread in threading.enumerate():
-                with suppress(OSError, ValueError):
-                    text = Path(f"/proc/self/task/{thread.native_id}/schedstat").read_text("ascii")
-                    cpu_ns, queued_ns, _ = (int(word) for word in text.split())
-                    spent = ThreadTime(cpu_s=cpu_ns / 1e9, queued_s=queued_ns / 1e9)
-                    latest[thread.native_id or 0] = (thread.name.partition("_")[0], spent)
+                spent = _thread_time(thread)
+                if spent is not None:
+                    latest[thread.native_id] = (thread.name.partition("_")[0], spent)
 
-    looking = threading.Thread(target=look, name="look")
+    looking = threading.Thread(target=look, name=_LOOKING)
     looking.start()
     try:
         yield times
     finally:
         done.set()
         looking.join()
-        for name, spent in latest.values():
-            sum_ = times.get(name, ThreadTime(cpu_s=0, queued_s=0))
-            times[name] = ThreadTime(cpu_s=sum_.cpu_s + spent.cpu_s, queued_s=sum_.queued_s + spent.queued_s)
+        for native_id, (name, spent) in latest.items():
+            had, sum_ = before.get(native_id) or _NOTHING, times.get(name, _NOTHING)
+            times[name] = ThreadTime(
+                cpu_s=sum_.cpu_s + spent.cpu_s - had.cpu_s, queued_s=sum_.queued_s + spent.queued_s - had.queued_s
+            )
+
+
+def _thread_time(thread: threading.Thread) -> ThreadTime | None:
+    """None once it has ended."""
+    with suppress(OSError, ValueError):
+        text = Path(f"/proc/self/task/{thread.native_id}/schedstat").read_text("ascii")
+        cpu_ns, queued_ns, _ = (int(word) for word in text.split())
+        return ThreadTime(cpu_s=cpu_ns / 1e9, queued_s=queued_ns / 1e9)
+    return None
+
+
+def thread_shares(ours: Sequence[Sample]) -> str:
+    """
+    What share of the wall each kind of thread computed, or stood ready and had no CPU. What is near 1 binds.
+
+    A third number, its share of the time in which it was not kept waiting for a CPU, does not depend on who else ran.
+    """
+    parts = []
+    for name in ours[0].said["threads"]:
+        if name == _LOOKING:
+            continue
+        shares = []
+        for sample in ours:
+            spent, wall_s = sample.said["threads"].get(name, {"cpu_s": 0.0, "queued_s": 0.0}), sample.said["wall_s"]
+            shares.append((spent["cpu_s"] / wall_s, spent["queued_s"] / wall_s))
+        busy, queued = (statistics.median(values) for values in zip(*shares, strict=True))
+        if busy < _LEAST_SHARE:
+            continue
+        alone = f", {busy / (1 - queued):.2f} of the rest" if queued < 1 and not name.startswith("compress") else ""
+        parts.append(f"{'loop' if name == 'MainThread' else name} {busy:.2f} (+{queued:.2f} queued{alone})")
+    return "thread CPU/wall: " + ", ".join(parts)
 
 
 def sha256_of(path: Path) -> str:
