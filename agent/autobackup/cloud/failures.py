@@ -41,7 +41,7 @@ _ANY: Final[Mapping[int, Failure]] = {
         next=Next.WAIT, remedy="a fresh token was refused, too; make sure that Glance and Keystone agree on the time"
     ),
     403: Failure(
-        next=Next.WAIT, remedy="a role or a policy forbids it; autobackup doctor names the roles that are missing"
+        next=Next.WAIT, remedy="a role is missing, which autobackup doctor names, or a policy of Glance forbids it"
     ),
     429: Failure(next=Next.WAIT, remedy="too many requests; tried again when it allows"),
     500: Failure(next=Next.WAIT, remedy="a fault inside Glance; its log has the request id"),

@@ -6,7 +6,7 @@ drops a filter that it does not know, and lists everything.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -154,7 +154,7 @@ class Glance:
             left -= len(pieces[-1])
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    async def stream(self, image_id: str, *, offset: int, end: int | None = None) -> AsyncIterator[bytes]:
+    async def stream(self, image_id: str, *, offset: int, end: int | None = None) -> AsyncGenerator[bytes, None]:
         """
         The data from *offset* up to *end*, 1 MiB at a time.
 

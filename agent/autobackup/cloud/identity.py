@@ -18,6 +18,7 @@ REQUIRED_ROLES: Final = ("member", "creator", "autobackup")
 by it, and our own, `autobackup`, which is the consent."""
 
 
+_SECRETS: Final = frozenset({"password", "application_credential_secret", "token", "passcode"})
 _NONSENSE: Final = "what it said is not what Keystone says; make sure that it is Keystone that answers there"
 
 
@@ -61,6 +62,9 @@ class Credentials:
             if self._session is None:
                 self._region = self._open(project=self._project)
                 self._tls = self._read_tls()
+                auth = self._region.config.get("auth", {})
+                if auth.keys() & {"username", "user_id"} and not auth.keys() & _SECRETS:
+                    raise ConfigError(f"{self._place}: its entry in clouds.yaml has no auth.password; add it")
                 self._session = self._region.get_session()
 
     def access(self) -> Access:
@@ -171,6 +175,11 @@ class Credentials:
             raise ConfigError(f"{self._place}: {exc}; mend its entry in clouds.yaml") from exc
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # keystoneauth looks at nothing twice
             raise CloudUnavailable(f"{self._place}: Keystone: {_NONSENSE}") from None
+        except Exception as exc:
+            if type(exc) is not Exception:
+                raise
+            # keystoneauth has no better one for an option that its plugin lacks
+            raise ConfigError(f"{self._place}: {exc}; mend its entry in clouds.yaml") from None
 
     def _endpoint(self, service: str) -> str:
         from keystoneauth1 import exceptions

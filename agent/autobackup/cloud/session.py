@@ -89,7 +89,7 @@ class ProjectSession:
             cloud=cloud, project=project, project_domain=project_domain, clouds_yaml=clouds_yaml,
             timeout_s=call_timeout_s, place=self.place,
         )  # fmt: skip
-        self._threads = ThreadPoolExecutor(2, "keystone")
+        self._threads = ThreadPoolExecutor(1, "keystone")
 
     async def check_entry(self) -> None:
         """Raise `ConfigError` if clouds.yaml or our entry in it is wrong. Asks nobody on the network."""
@@ -121,7 +121,7 @@ class ProjectSession:
         for is_last in (False, True):
             words = f"{method} {service}{path}"
             async with (
-                deadline(self._call_timeout_s, words, self.place),
+                deadline(self._call_timeout_s * 3, words, self.place),  # a token, TLS, the call: each has its own
                 self.open(service, method, path, params=params, headers=headers, data=data) as response,
             ):
                 body = await _limited(response, f"{self.place}: {words}")
@@ -178,6 +178,7 @@ class ProjectSession:
             said = str(exc) or type(exc).__name__
             raise CloudUnavailable(f"{self.place}: {words} at {endpoint}: {said}; {_REMEDY}") from exc
         finally:
+            await asyncio.sleep(0)  # the socket is closed by the loop's next turn, and not left to a later one
             say = (
                 _log.debug if method == "GET" else _log.info
             )  # what changed something is found again by its request id
@@ -191,7 +192,7 @@ class ProjectSession:
 
     async def _in_thread(self, work: Callable[[], _Result]) -> _Result:
         """The one way to keystoneauth, which blocks; its own timeouts end the thread soon after the deadline."""
-        async with deadline(self._call_timeout_s * 2, "Keystone", self.place):
+        async with deadline(self._call_timeout_s, "Keystone", self.place):
             return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
 

@@ -72,7 +72,8 @@ class Upload:
             coming.cancel()
 
     def _allow(self, longest_s: float | None) -> None:
-        with contextlib.suppress(RuntimeError):  # answered early: the call has ended, and this is about to
+        # answered early: the call has ended, and this is about to; Python 3.11.2 asserts where later ones raise
+        with contextlib.suppress(RuntimeError, AssertionError):
             self._watch.reschedule(None if longest_s is None else asyncio.get_running_loop().time() + longest_s)
 
 

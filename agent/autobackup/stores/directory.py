@@ -19,7 +19,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, ParamSpec, TypeVar
 
@@ -102,7 +102,7 @@ class DirectoryStore:
     async def read(self, attempt: AttemptId, *, offset: int, length: int) -> bytes:
         return await self._call(_read, self._bundle(attempt), offset, length)
 
-    async def stream(self, attempt: AttemptId, *, offset: int) -> AsyncIterator[bytes]:
+    async def stream(self, attempt: AttemptId, *, offset: int) -> AsyncGenerator[bytes, None]:
         while piece := await self.read(attempt, offset=offset, length=_STREAM_BYTES):
             yield piece
             offset += len(piece)

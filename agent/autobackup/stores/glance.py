@@ -16,8 +16,8 @@ import asyncio
 import hashlib
 import json
 import re
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from typing import Final, TypeGuard
 
 from autobackup import logs
@@ -89,7 +89,7 @@ class GlanceStore:
 
     async def stat(self, attempt: AttemptId) -> Stored:
         with _as_store_errors():
-            return _stored(await self._whole(attempt))
+            return _stored(await self._whole(attempt), await self._project())
 
     async def digest(self, attempt: AttemptId) -> str:
         digest = hashlib.new(self._algorithm)
@@ -102,11 +102,12 @@ class GlanceStore:
             image = await self._whole(attempt)
             return await self._glance.read(image.id, offset=offset, length=length) if length else b""
 
-    async def stream(self, attempt: AttemptId, *, offset: int) -> AsyncIterator[bytes]:
+    async def stream(self, attempt: AttemptId, *, offset: int) -> AsyncGenerator[bytes, None]:
         with _as_store_errors():
             image = await self._whole(attempt)
-            async for piece in self._glance.stream(image.id, offset=offset):
-                yield piece
+            async with aclosing(self._glance.stream(image.id, offset=offset)) as pieces:
+                async for piece in pieces:
+                    yield piece
 
     async def delete(self, attempt: AttemptId) -> None:
         _require_id(attempt)
@@ -117,11 +118,11 @@ class GlanceStore:
     async def held(self) -> list[Stored]:
         with _as_store_errors():
             project = await self._project()
-            images = await self._tagged(_TAG, status="active")
+            images = await self._tagged(_TAG, status="active")  # what was shared with us once we accepted it
         held = []
         for image in _best_of_each(images, project):
             try:
-                held.append(_stored(image))
+                held.append(_stored(image, project))
             except RecordDamaged as exc:
                 _log.warning("properties.damaged", error=str(exc), consequence="listed without its properties")
                 held.append(Stored(attempt=_attempt_of(image), size_bytes=image.size_bytes or 0, properties={}))
@@ -207,19 +208,22 @@ class GlanceStore:
         found = {image.id: image for image in ([first] if first else []) + tagged}
         return [image for image in found.values() if image.owner == project]
 
-    async def _tagged(self, tag: str, **filters: str) -> list[Image]:
+    async def _tagged(self, tag: str, *, with_pending: bool = False, **filters: str) -> list[Image]:
         """Every image that we may read; oldest first, as far as Glance's seconds tell."""
         images = await self._glance.list(tag=tag, **filters)
         images += await self._glance.list(tag=tag, os_hidden="true", **filters)
-        images += await self._glance.list(tag=tag, visibility="shared", member_status="pending", **filters)
-        return sorted(images, key=lambda image: image.properties.get("created_at", ""))
+        if with_pending:
+            images += await self._glance.list(tag=tag, visibility="shared", member_status="pending", **filters)
+        return sorted(
+            {image.id: image for image in images}.values(), key=lambda image: image.properties.get("created_at", "")
+        )
 
     async def _whole(self, attempt: AttemptId) -> Image:
         _require_id(attempt)
         project = await self._project()
         image = await self._glance.get(attempt)
         if image is None or image.owner != project or image.status != "active":
-            images = ([image] if image else []) + await self._tagged(f"{_TAG}:{attempt}")
+            images = ([image] if image else []) + await self._tagged(f"{_TAG}:{attempt}", with_pending=True)
             image = min(images, key=lambda one: _rank(one, attempt, project), default=None)
         if image is None:
             raise StoreRefused(f"{self._session.place}: image {attempt}: not there, or not ours to see")
@@ -284,7 +288,7 @@ def _image_properties(attempt: AttemptId, properties: Mapping[str, str]) -> dict
     return words
 
 
-def _stored(image: Image) -> Stored:
+def _stored(image: Image, project: str) -> Stored:
     attempt = _attempt_of(image)
     if image.properties.get(_MARK) != attempt:
         raise RecordDamaged(f"image {image.id}: somebody edited its autobackup_* properties")
@@ -299,6 +303,7 @@ def _stored(image: Image) -> Stored:
         properties=properties,
         digest_algorithm=image.hash_algorithm or "",
         digest=image.hash_value or "",
+        shared_by="" if image.owner == project else image.owner,
     )
 
 

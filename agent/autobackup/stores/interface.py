@@ -8,7 +8,7 @@ left behind is removed by `delete`. "It did not fail" proves nothing either: `st
 the store holds now (invariant 4).
 """
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -26,6 +26,7 @@ class Stored:
     properties: Mapping[str, str]
     digest_algorithm: str = ""  # of `digest`, the hash that the store took by itself while the object was put
     digest: str = ""  # empty: it took none; ask `Store.digest`
+    shared_by: str = ""  # id of another project whose object it is
 
 
 class Body(Protocol):
@@ -71,7 +72,7 @@ class Store(Protocol):
     async def read(self, attempt: AttemptId, *, offset: int, length: int) -> bytes:
         """Exactly *length* bytes from *offset*; fewer only at the end of the object."""
 
-    def stream(self, attempt: AttemptId, *, offset: int) -> AsyncIterator[bytes]:
+    def stream(self, attempt: AttemptId, *, offset: int) -> AsyncGenerator[bytes, None]:
         """Everything from *offset* on, in order, at most 1 MiB at a time; taken up again where a connection broke."""
 
     async def delete(self, attempt: AttemptId) -> None:

@@ -84,9 +84,9 @@ class Keyring:
 
 
 _HOW: Final = {
-    "keyfile": "name the key file",
-    "barbican": "name the cloud whose Barbican has it",
-    "recipient": "name the file of a recipient's private key",
+    "keyfile": "name the key file with --keyfile FILE",
+    "barbican": "name the cloud whose Barbican has it with --cloud ENTRY",
+    "recipient": "name the file of a recipient's private key with --keyfile FILE",
 }
 
 
