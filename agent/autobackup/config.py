@@ -373,6 +373,12 @@ class Config:
             raise _WrongAt(words, at=("request", "destination"))
 
     @property
+    def only_asked_for(self) -> str:
+        """The destination that only requests name: which project it is for is not known before one comes."""
+        named = {name for rule in self.rule for name in rule.destinations}
+        return "" if self.request.destination in named else self.request.destination
+
+    @property
     def spool_path(self) -> Path:
         """Inside `instances_path`, always: a hard link cannot cross a mount."""
         return self.instances_path / ".autobackup"

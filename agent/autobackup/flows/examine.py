@@ -50,4 +50,6 @@ def _where(place: OpenDestination) -> str:
 def _weakness(place: OpenDestination) -> str:
     if place.destination.key == "none":
         return 'key = "none": whoever can read the store can read the disks; choose barbican, recipient or keyfile'
+    if place.destination.key == "barbican" and not place.destination.readers and not place.destination.project_access:
+        return "no reader is named: only the agents' own user could have the keys; set readers, or project_access"
     return ""

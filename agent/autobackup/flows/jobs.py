@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from autobackup import logs
 from autobackup.errors import Refused
 from autobackup.host.spool import Spool
 from autobackup.metrics import Metrics
@@ -23,6 +24,8 @@ from autobackup.rules.lifecycle import (
     move_copy,
     move_job,
 )
+
+_log = logs.get("flows.jobs")
 
 
 class Jobs:
@@ -123,6 +126,8 @@ class Jobs:
             record = await self.move_copies(job, {destination: CopyEvent.DISCARD_ORDERED}, {destination: words})
         except IllegalTransition:
             raise Refused(f"the copy for {destination!r} is {copy.state}; there is nothing to discard") from None
+        _log.warning("copy.discarded", job=job, instance=record.instance, destination=destination,
+                     consequence="that destination gets no copy")  # fmt: skip
         return await self.order_retry(job)
 
     async def forget(self, job: JobId) -> None:

@@ -60,8 +60,9 @@ class Places:
 class Watchman:
     """Looks at every destination, at the start and then every ten minutes."""
 
-    def __init__(self, *, places: Places, jobs: Jobs, spool: Spool, metrics: Metrics) -> None:
+    def __init__(self, *, places: Places, only_asked_for: str, jobs: Jobs, spool: Spool, metrics: Metrics) -> None:
         self._places = places
+        self._only_asked_for = only_asked_for
         self._jobs = jobs
         self._metrics = metrics
         self._spool = spool
@@ -75,7 +76,8 @@ class Watchman:
         """For ever."""
         while True:
             for name, place in self._places.all().items():
-                await self._look(name, place)
+                if name != self._only_asked_for:
+                    await self._look(name, place)
             # not in step with 1,000 other hosts
             await asyncio.sleep(_LOOK_EVERY_S * random.uniform(0.75, 1.25))  # noqa: S311
 

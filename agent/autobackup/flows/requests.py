@@ -8,12 +8,15 @@ before the request is accepted: an owner who hears yes can count on it.
 import re
 from typing import Final
 
+from autobackup import logs
+from autobackup.cloud.identity import REQUIRED_ROLES
 from autobackup.config import RequestSection
 from autobackup.errors import Refused, Transient
 from autobackup.flows.learn import Learn
 from autobackup.flows.places import Places
 from autobackup.model import DestinationName, InstanceId, Request
 
+_log = logs.get("flows.requests")
 _ID: Final = re.compile(r"[0-9a-f]{32}|[0-9a-f]{64}")
 
 
@@ -43,8 +46,15 @@ class Requests:
             await place.store.check()
             await place.keys.check()
         except Transient as exc:
-            raise Refused(f"not accepted: {exc}") from exc
+            _log.warning("request.refused", instance=instance, project=request.project, error=str(exc))
+            raise Refused(  # which other projects have consented is not the owner's to read
+                f"not accepted: project {request.project} has not consented, or its cloud cannot be asked now: whoever "
+                f"administers it can grant our user {', '.join(REQUIRED_ROLES)}; the agent's log has the answer"
+            ) from exc
         await self._learn.set_request(instance, request)
+        _log.info("request.accepted", instance=instance, project=request.project, reader=request.reader,
+                  retention_s=request.retention_s)  # fmt: skip
 
     async def drop(self, instance: InstanceId) -> None:
         await self._learn.set_request(instance, None)
+        _log.info("request.dropped", instance=instance)

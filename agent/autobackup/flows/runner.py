@@ -59,6 +59,7 @@ class Runner:
 
     def _due(self) -> list[JobRecord]:
         ready = [r for r in self._idle() if r.not_before_s <= self._clock()]
+        ready.sort(key=lambda r: bool(r.last_error))  # what has failed waits behind what has not been tried
         return ready[: max(0, self._parallel_jobs - len(self._running))]
 
     def _idle(self) -> list[JobRecord]:

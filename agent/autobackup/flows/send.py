@@ -7,22 +7,33 @@ cut off is never resumed: its attempt becomes obsolete, is deleted from the stor
 sent anew.
 """
 
+import asyncio
 import random
 import secrets
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from autobackup import logs
 from autobackup.config import RetrySection
 from autobackup.container import header as container_header
-from autobackup.container.header import HEADER_BYTES, Header
+from autobackup.container.header import HEADER_BYTES
 from autobackup.container.seal import NONCE_PREFIX_BYTES, SALT_BYTES, sealed_bytes
-from autobackup.errors import AutobackupError, Damaged, KeyLost, OverlayChanged, StoreRefused, Transient
+from autobackup.errors import (
+    AutobackupError,
+    Damaged,
+    KeyLost,
+    OverlayChanged,
+    Refused,
+    StoreRefused,
+    StoreUnavailable,
+    Transient,
+)
+from autobackup.flows.attempt import attempt_header, attempt_properties
 from autobackup.flows.fanout import Sent, fan_out
 from autobackup.flows.gather import gather
 from autobackup.flows.jobs import Jobs
@@ -45,7 +56,7 @@ from autobackup.stores import DataKey, OpenDestination
 
 _log = logs.get("flows.send")
 _NOT_PROVEN_PARKS: Final = 3  # a store that keeps returning other bytes than it was sent needs an operator
-_FORMAT: Final = "1"
+_Answer = TypeVar("_Answer")
 
 
 class Send:
@@ -104,8 +115,7 @@ class Send:
         Raises what stands against reading (`DiskBusy`, `OverlayChanged`, `Refused`); what stands against one
         destination becomes that copy's own failure.
         """
-        for name in due:
-            record = await self._sweep(record, name)
+        record = await self._sweep(record, due)
         ready = [c.destination for c in record.copies if c.destination in due and c.not_before_s <= self._clock()]
         if not ready:
             return record
@@ -145,31 +155,75 @@ class Send:
 
     async def prove(self, record: JobRecord) -> JobRecord:
         """Prove every copy that was sent, and delete what proven copies left behind in their stores."""
-        for copy in record.copies:
-            if copy.state is CopyState.SENT and copy.not_before_s <= self._clock():
-                record = await self._prove_one(record, copy)
-        for copy in record.copies:
-            if copy.state is CopyState.VERIFIED and copy.obsolete and copy.not_before_s <= self._clock():
-                record = await self._sweep(record, copy.destination)
-        return record
+        proving = {
+            asyncio.ensure_future(self._proof(record, copy)): copy
+            for copy in record.copies
+            if copy.state is CopyState.SENT and copy.not_before_s <= self._clock()
+        }
+        try:
+            while proving:
+                done, _ = await asyncio.wait(proving, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    record = await self._proven(record, proving.pop(task), task.result())
+        finally:
+            for task in proving:
+                task.cancel()
+        left = [
+            copy.destination
+            for copy in record.copies
+            if copy.state is CopyState.VERIFIED and copy.obsolete and copy.not_before_s <= self._clock()
+        ]
+        return await self._sweep(record, left)
 
     # ---- before the read --------------------------------------------------------------------------------
 
-    async def _sweep(self, record: JobRecord, name: DestinationName) -> JobRecord:
-        """Ask the store if it can take or give, and delete this copy's obsolete attempts there."""
-        copy = _copy(record, name)
-        try:
-            place = self._places(copy)
-            await place.store.check()
-            for attempt in copy.obsolete:
-                await place.keys.destroy(attempt)
-                await place.store.delete(attempt)
-        except AutobackupError as exc:
-            self._say_not_begun(record, name, exc)
-            return await self._copy_failed(record, name, exc, event=None)
-        if copy.obsolete:
-            record = await self._jobs.move_copies(record.job, {}, {name: {"obsolete": ()}})
+    async def _sweep(self, record: JobRecord, names: Sequence[DestinationName]) -> JobRecord:
+        """Ask each store if it can take or give, and delete the copy's obsolete attempts there."""
+        answers = await self._side_by_side({name: self._asked(_copy(record, name)) for name in names})
+        for name, error in answers.items():
+            if error is not None:
+                self._say_not_begun(record, name, error)
+                record = await self._copy_failed(record, name, error, event=None)
+            elif _copy(record, name).obsolete:
+                record = await self._jobs.move_copies(record.job, {}, {name: {"obsolete": ()}})
         return record
+
+    async def _asked(self, copy: CopyRecord) -> None:
+        place = self._places(copy)
+        await place.store.check()
+        for attempt in copy.obsolete:
+            await place.keys.destroy(attempt)
+            await place.store.delete(attempt)
+
+    async def _side_by_side(
+        self, questions: Mapping[DestinationName, Coroutine[Any, Any, _Answer]]
+    ) -> dict[DestinationName, _Answer | AutobackupError]:
+        """
+        Ask several destinations at once. What an answer is not, or an `AutobackupError`, is raised.
+
+        Once one has answered well, those that are silent for the time that would detach them wait for another try.
+        """
+        tasks = {name: asyncio.ensure_future(question) for name, question in questions.items()}
+        answers: dict[DestinationName, _Answer | AutobackupError] = {}
+        if not tasks:
+            return answers
+        try:
+            done, late = await asyncio.wait(tasks.values(), timeout=self._limits.detach_after_s)
+            if late and not any(task.exception() is None for task in done):
+                await asyncio.wait(late, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(late, timeout=self._limits.detach_after_s)
+            for name, task in tasks.items():
+                try:
+                    answers[name] = task.result()
+                except asyncio.InvalidStateError:
+                    limit_s = self._limits.detach_after_s
+                    answers[name] = StoreUnavailable(f"no answer in {limit_s:g} s, and others were ready; tried later")
+                except AutobackupError as exc:
+                    answers[name] = exc
+        finally:
+            for task in tasks.values():
+                task.cancel()
+        return answers
 
     def _say_not_begun(self, record: JobRecord, name: DestinationName, error: AutobackupError) -> None:
         self._metrics.stage_attempts.labels(stage="check", outcome=type(error).__name__).inc()
@@ -192,16 +246,17 @@ class Send:
             dict.fromkeys(attempts, CopyEvent.STARTED),
             {name: {"attempt": attempt} for name, attempt in attempts.items()},
         )
+        drawn = await self._side_by_side(
+            {name: self._places(_copy(record, name)).keys.draw(one.attempt) for name, one in attempts.items()}
+        )
         outlets = []
-        for name, attempt in attempts.items():
-            try:
-                key = await self._places(_copy(record, name)).keys.draw(attempt.attempt)
-            except AutobackupError as exc:
-                self._say_not_begun(record, name, exc)
-                event = CopyEvent.INTERRUPTED if isinstance(exc, Transient) else CopyEvent.GAVE_UP
-                record = await self._copy_failed(record, name, exc, event=event)
+        for name, key in drawn.items():
+            if isinstance(key, AutobackupError):
+                self._say_not_begun(record, name, key)
+                event = CopyEvent.INTERRUPTED if isinstance(key, Transient) else CopyEvent.GAVE_UP
+                record = await self._copy_failed(record, name, key, event=event)
             else:
-                outlets.append(self._outlet(record, name, attempt, key, announced_bytes))
+                outlets.append(self._outlet(record, name, attempts[name], key, announced_bytes))
         return record, outlets
 
     def _outlet(
@@ -213,7 +268,7 @@ class Send:
         announced_bytes: int | None,
     ) -> Outlet:
         place = self._places(_copy(record, name))
-        header = _header(record, place, attempt, key)
+        header = attempt_header(record, place.destination, attempt, key.header_words)
         return Outlet(
             destination=name,
             header=container_header.encode(header),
@@ -223,7 +278,10 @@ class Send:
             digest_algorithm=attempt.digest_algorithm,
             announced_bytes=announced_bytes,
             send=partial(
-                self._put, place, attempt.attempt, _properties(record, header, self._host, self._spool.agent_id)
+                self._put,
+                place,
+                attempt.attempt,
+                attempt_properties(record, header, host=self._host, agent_id=self._spool.agent_id),
             ),
         )
 
@@ -247,7 +305,7 @@ class Send:
                 words["sent_bytes"] = outcome.size_bytes
             else:
                 words = {"outcome": type(outcome).__name__, "error": str(outcome)}
-                event = CopyEvent.GAVE_UP if isinstance(outcome, StoreRefused) else CopyEvent.INTERRUPTED
+                event = CopyEvent.GAVE_UP if isinstance(outcome, Refused) else CopyEvent.INTERRUPTED
                 record = await self._copy_failed(record, name, outcome, event=event)
             self._metrics.stage_attempts.labels(stage="send", outcome=words["outcome"]).inc()
             say = _log.info if isinstance(outcome, Sent) else _log.warning
@@ -255,7 +313,8 @@ class Send:
                       elapsed_s=round(elapsed_s, 3), **words)  # fmt: skip
         return record
 
-    async def _prove_one(self, record: JobRecord, copy: CopyRecord) -> JobRecord:
+    async def _proof(self, record: JobRecord, copy: CopyRecord) -> AutobackupError | None:
+        """Prove one copy; what stands against it, or None."""
         name, sent = copy.destination, copy.attempt
         assert sent is not None
         outcome, error, started_s = "cancelled", "", time.monotonic()
@@ -268,32 +327,41 @@ class Send:
             )  # fmt: skip
             await place.keys.settle(sent.attempt)
             outcome = "proven"
+        except AutobackupError as exc:
+            outcome, error = type(exc).__name__, str(exc)
+            return exc
+        finally:
+            self._metrics.stage_attempts.labels(stage="verify", outcome=outcome).inc()
+            _log.info("verify.attempt", job=record.job, instance=record.instance, destination=name, outcome=outcome,
+                      error=error, elapsed_s=round(time.monotonic() - started_s, 3))  # fmt: skip
+        return None
+
+    async def _proven(self, record: JobRecord, copy: CopyRecord, error: AutobackupError | None) -> JobRecord:
+        """Journal what came of a proof."""
+        name = copy.destination
+        if error is None:
             self._metrics.last_success.labels(destination=name).set(self._clock())
+            self._metrics.destination_reachable.labels(destination=name).set(1)
             return await self._jobs.move_copies(
                 record.job,
                 {name: CopyEvent.PROVEN},
                 {name: {"verified_at_s": self._clock(), "failure_count": 0, "last_error": ""}},
             )
-        except Transient as exc:
-            outcome, error = type(exc).__name__, str(exc)
-            return await self._copy_failed(record, name, exc, event=None)  # what was sent stays sent
-        except AutobackupError as exc:
-            outcome, error = type(exc).__name__, str(exc)
-            worth_sending = (
-                isinstance(exc, Damaged | StoreRefused | KeyLost) and copy.failure_count + 1 < _NOT_PROVEN_PARKS
-            )
-            event = CopyEvent.NOT_PROVEN if worth_sending else CopyEvent.GAVE_UP
-            return await self._copy_failed(record, name, exc, event=event)
-        finally:
-            self._metrics.stage_attempts.labels(stage="verify", outcome=outcome).inc()
-            _log.info("verify.attempt", job=record.job, instance=record.instance, destination=name, outcome=outcome,
-                      error=error, elapsed_s=round(time.monotonic() - started_s, 3))  # fmt: skip
+        if isinstance(error, Transient):
+            return await self._copy_failed(record, name, error, event=None)  # what was sent stays sent
+        worth_sending = (
+            isinstance(error, Damaged | StoreRefused | KeyLost) and copy.failure_count + 1 < _NOT_PROVEN_PARKS
+        )
+        return await self._copy_failed(
+            record, name, error, event=CopyEvent.NOT_PROVEN if worth_sending else CopyEvent.GAVE_UP
+        )
 
     async def _copy_failed(
         self, record: JobRecord, name: DestinationName, error: AutobackupError, *, event: CopyEvent | None
     ) -> JobRecord:
         """Journal a failure of one copy: its own back-off, its own count, its obsolete attempt."""
         copy = _copy(record, name)
+        self._metrics.destination_reachable.labels(destination=name).set(0)
         count = copy.failure_count + 1
         delay_s = retry_delay_s(
             count,
@@ -322,35 +390,3 @@ def _obsolete(copy: CopyRecord) -> dict[str, Any]:
     """An attempt that will not be used is deleted from its store sooner or later, and named until it is."""
     gone = (copy.attempt.attempt,) if copy.attempt is not None else ()
     return {"attempt": None, "obsolete": (*copy.obsolete, *gone)}
-
-
-def _header(record: JobRecord, place: OpenDestination, attempt: AttemptRecord, key: DataKey) -> Header:
-    created_at_s = int(attempt.started_at_s)
-    retention_s = place.destination.retention_s
-    return Header(
-        job=record.job,
-        attempt=attempt.attempt,
-        instance=record.instance,
-        destination=place.destination.name,
-        created_at_s=created_at_s,
-        expires_at_s=None if retention_s is None else created_at_s + int(retention_s),
-        key=key.header_words,
-        parent=None,
-    )
-
-
-def _properties(record: JobRecord, header: Header, host: str, agent_id: str) -> dict[str, str]:
-    """What the store shows beside the sealed bundle. For people and lists; whoever decides reads the header."""
-    return {
-        "autobackup_format": _FORMAT,
-        "autobackup_job": record.job,
-        "autobackup_instance": record.instance,
-        "autobackup_instance_name": record.source.name,
-        "autobackup_destination": header.destination,
-        "autobackup_host": host,
-        "autobackup_agent": agent_id,
-        "autobackup_created_at": str(header.created_at_s),
-        "autobackup_expires_at": "" if header.expires_at_s is None else str(header.expires_at_s),
-        "autobackup_key_source": header.key["source"],
-        "autobackup_key_ref": header.key.get("secret", ""),
-    }

@@ -9,7 +9,8 @@ Invariant 4: nothing here trusts what the sender remembers of having sent, excep
 """
 
 import hashlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -20,7 +21,7 @@ from autobackup.errors import ContainerDamaged
 from autobackup.flows.unpack import Nowhere, Sink, Unpacked, Unpacker
 from autobackup.flows.workers import Workers
 from autobackup.model import AttemptId, AttemptRecord, JobId
-from autobackup.stores import KeySource, Store
+from autobackup.stores import KeySource, Store, Stored
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,22 +35,29 @@ class SealedObject:
     header_bytes: bytes
     key: bytes = field(repr=False)
 
-    async def stream(self, progress: Callable[[int], None] = lambda _count: None) -> AsyncIterator[bytes]:
+    async def stream(self, progress: Callable[[int], None] = lambda _count: None) -> AsyncGenerator[bytes, None]:
         """Everything after the header, in order; *progress* is told how many bytes came."""
         at = HEADER_BYTES
-        async for piece in self.store.stream(self.attempt, offset=HEADER_BYTES):
-            at += len(piece)
-            if at > self.size_bytes:
-                break
-            progress(len(piece))
-            yield piece
+        async with aclosing(self.store.stream(self.attempt, offset=HEADER_BYTES)) as pieces:
+            async for piece in pieces:
+                at += len(piece)
+                if at > self.size_bytes:
+                    break
+                progress(len(piece))
+                yield piece
         if at != self.size_bytes:
             raise ContainerDamaged(f"{self.attempt}: ends at {at}, the store said {self.size_bytes}")
 
 
-async def open_sealed(store: Store, keys: KeySource, attempt: AttemptId) -> SealedObject:
-    """Read the header of *attempt* and fetch its key. The header is not authenticated yet: a segment must open."""
-    stored = await store.stat(attempt)
+async def open_sealed(
+    store: Store, keys: KeySource, attempt: AttemptId, *, stored: Stored | None = None
+) -> SealedObject:
+    """
+    Read the header of *attempt* and fetch its key. The header is not authenticated yet: a segment must open.
+
+    *stored* is what a listing said of it, where the store's description is damaged: the bundle describes itself.
+    """
+    stored = stored or await store.stat(attempt)
     header_bytes = await store.read(attempt, offset=0, length=HEADER_BYTES)
     header = decode(header_bytes)
     key = await keys.fetch(header.key)
@@ -102,8 +110,9 @@ async def read_back(
             digest.update(piece)
         unpacker.push(piece)
 
-    async for piece in sealed.stream(progress):
-        await workers.heavy(partial(take, piece))
+    async with aclosing(sealed.stream(progress)) as pieces:
+        async for piece in pieces:
+            await workers.heavy(partial(take, piece))
     return await workers.heavy(unpacker.finish)
 
 

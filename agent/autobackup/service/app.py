@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import os
 import platform
+import re
 import signal
 import sys
 from collections import Counter
@@ -47,6 +48,9 @@ EXIT_CONFIG: Final = 2
 _HOUSEKEEPING_S: Final = 60.0
 _LONG_UNDECIDED_S: Final = 3600.0
 _MACHINE_ID: Final = "/etc/machine-id"
+_NOBODY_ELSES: Final = re.compile(
+    r" \(req-[0-9a-f-]+\)|/?[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+)  # 500 jobs, one cause
 
 _log = logs.get("service.app")
 
@@ -149,7 +153,10 @@ class Agent:
             on_scan=self.capture.note_scan,
             on_failure=self._watch_failed,
         )
-        self.watchman = Watchman(places=self.places, jobs=self.jobs, spool=self.spool, metrics=self.metrics)
+        self.watchman = Watchman(
+            places=self.places, only_asked_for=config.only_asked_for, jobs=self.jobs, spool=self.spool,
+            metrics=self.metrics,
+        )  # fmt: skip
         requests = Requests(settings=config.request, learn=self.learn, places=self.places)
         self.api = Api(
             path=str(config.api.socket), group=config.api.group, jobs=self.jobs, requests=requests,
@@ -205,7 +212,7 @@ class Agent:
         long = [one for one in self.capture.undecided() if float(str(one["age_s"])) > _LONG_UNDECIDED_S]
         words += [f"not decided for over an hour: {one['instance']}: {one['reason']}" for one in long]
         failing = Counter(
-            copy.last_error for record in self.jobs.all() if record.state != "parked"
+            _NOBODY_ELSES.sub("", copy.last_error) for record in self.jobs.all() if record.state != "parked"
             for copy in record.copies if copy.failure_count
         )  # fmt: skip
         words += [f"jobs that wait: {count}; {error}" for error, count in failing.items()]

@@ -17,8 +17,8 @@ import click
 
 from autobackup.config import DEFAULT_PATH, Destination, OpenstackSection
 from autobackup.configfile import load
-from autobackup.container.header import HEADER_BYTES, decode
-from autobackup.errors import AutobackupError, Damaged, Refused, StoreRefused, Transient
+from autobackup.container.header import HEADER_BYTES, Header, decode
+from autobackup.errors import AutobackupError, Damaged, RecordDamaged, Refused, StoreRefused, Transient
 from autobackup.flows.restore import restore as restore_flow
 from autobackup.flows.verify import SealedObject, open_sealed, read_back
 from autobackup.flows.workers import Workers
@@ -32,6 +32,10 @@ _Result = TypeVar("_Result")
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _NOT_IN_A_NAME = re.compile("[^A-Za-z0-9._-]")
 _UUID_LENGTH = 36
+_WHO_COULD = {
+    "none": "sealed under a published key: anybody could have read it, and anybody could have made it",
+    "recipient": "sealed to public keys: whoever has those could have made it",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +136,7 @@ def verify(backup: str, places: list[OpenDestination], fmt: str) -> None:
         return {
             **_row(found),
             "verified": True,
+            **_key_notes(sealed.header),
             "members": {name: asdict(digest) for name, digest in unpacked.digests.members.items()},
             "health": [asdict(one) for one in unpacked.digests.health],
             "unreadable": [asdict(one) for one in unpacked.digests.unreadable],
@@ -174,7 +179,8 @@ def restore(backup: str, target: str, places: list[OpenDestination], fmt: str) -
             "disks": [{"path": f"{restored.target}/{disk.member}", "format": disk.format} for disk in manifest.disks],
             "reattached": restored.reattached,
             "not_captured": [asdict(one) for one in manifest.not_captured],
-            "notes": restored.notes,
+            "key": sealed.header.key["source"],
+            "notes": [*restored.notes, *cast(list[str], _key_notes(sealed.header)["notes"])],
         }
 
     show_one(_run(bring_back), fmt=fmt)
@@ -209,7 +215,11 @@ def _places(
     else:
         read = load(config)
         openstack = read.openstack
-        destinations = tuple(replace(one, older_keyfiles=(*one.older_keyfiles, *keks)) for one in read.destination)
+        destinations = tuple(
+            replace(one, older_keyfiles=(*one.older_keyfiles, *keks))
+            for one in read.destination
+            if one.name != read.only_asked_for
+        )
     return [open_destination(one, openstack, private_keys=[str(path) for path in private]) for one in destinations]
 
 
@@ -269,15 +279,15 @@ async def _by_id(backup: str, places: list[OpenDestination], unwell: list[Autoba
     for place in places:
         try:
             return _Found(place=place, stored=await place.store.stat(AttemptId(backup)))
-        except StoreRefused:
-            continue
+        except (StoreRefused, RecordDamaged):
+            continue  # a listing still finds what describes itself wrongly
         except Transient as exc:
             unwell.append(exc)
     return None
 
 
 async def _open(found: _Found) -> SealedObject:
-    return await open_sealed(found.place.store, found.place.keys, AttemptId(found.stored.attempt))
+    return await open_sealed(found.place.store, found.place.keys, AttemptId(found.stored.attempt), stored=found.stored)
 
 
 def _row(found: _Found) -> dict[str, object]:
@@ -286,13 +296,26 @@ def _row(found: _Found) -> dict[str, object]:
         "backup": found.stored.attempt,
         "instance": words.get("instance", ""),
         "name": words.get("instance_name", ""),
-        "destination": words.get("destination") or found.place.destination.name,
+        "destination": _origin(found, words),
         "created": as_time(words.get("created_at")),
         "expires": as_time(words.get("expires_at")) or ("never" if words else "unknown"),
         "size": format_bytes(found.stored.size_bytes),
         "size_bytes": found.stored.size_bytes,
         "job": words.get("job", ""),
     }
+
+
+def _origin(found: _Found, words: Mapping[str, str]) -> str:
+    """Whose it is, as far as the store knows: what another project shared with us may call itself anything."""
+    if found.stored.shared_by:
+        return f"shared by project {found.stored.shared_by}"
+    return words.get("destination") or found.place.destination.name
+
+
+def _key_notes(header: Header) -> dict[str, object]:
+    """Where the key was from, and what that says of who can have made this."""
+    source = header.key["source"]
+    return {"key": source, "notes": [_WHO_COULD[source]] if source in _WHO_COULD else []}
 
 
 def _words(stored: Stored) -> Mapping[str, str]:

@@ -18,6 +18,7 @@ from autobackup.errors import AutobackupError, ConfigError, Damaged, Refused, Tr
 
 EXIT_CODES: Final[Mapping[type[AutobackupError], int]] = {ConfigError: 2, Refused: 3, Damaged: 4, Transient: 5}
 
+_LATEST_S: Final = 253402300799  # the last second of the year 9999
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
@@ -85,14 +86,17 @@ def progress(words: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
 def as_time(unix_s: object) -> str:
     """1700000000 -> 2023-11-14T22:13:20Z; nothing for nothing."""
     text = str(unix_s or "")
-    return datetime.fromtimestamp(int(text), UTC).strftime("%Y-%m-%dT%H:%M:%SZ") if text.isdigit() else text
+    if not (text.isascii() and text.isdigit()) or int(text) > _LATEST_S:
+        return text  # somebody's own words
+    return datetime.fromtimestamp(int(text), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _text(value: object) -> str:
     if value is None:
         return ""
     if isinstance(value, str | int | float):
-        return str(value)
+        # a guest's name, or a tenant's property, must not speak to the terminal
+        return "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in str(value))
     return json.dumps(value, indent=1 if isinstance(value, dict) else None)
 
 

@@ -72,7 +72,8 @@ def doctor(file: Path, fmt: str) -> None:
     Draws a key where keys come from, gets it again, and destroys it. Exit status 5 if one would not.
     """
     config = load(file)
-    findings = asyncio.run(examine([open_destination(one, config.openstack) for one in config.destination]))
+    asked = [one for one in config.destination if one.name != config.only_asked_for]
+    findings = asyncio.run(examine([open_destination(one, config.openstack) for one in asked]))
     columns = ("destination", "where", "result", "remedy")
     show_rows([asdict(one) for one in findings], columns=columns, fmt=fmt, empty="No destination is configured.")
     if any(one.result == "unusable" for one in findings):
