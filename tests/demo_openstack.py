@@ -83,7 +83,7 @@ def main() -> int:
     finally:
         shutil.rmtree(plain)
         shutil.rmtree(HOME / "tmp", ignore_errors=True)
-    print(f"\nLook into {HOME.relative_to(Path.cwd())}: agent.log, receipts, restored-*, cloud/logs\n")
+    print(f"\nLook into {HOME.relative_to(Path.cwd())}: agent.log, receipts, cloud/logs\n")
     print(json.dumps(facts))
     return 0 if kept(facts) else 1
 
@@ -129,7 +129,7 @@ def live_and_die(compute: Compute, agent: AgentProcess, cloud: Cloud, plain: Pat
     compute.on_step = at_step
     instance = compute.spawn(name="demo", nova_metadata=False, disks=Disks(ephemeral=True))
     compute.wait_for(instance)
-    say(f"instance {instance.uuid} wrote its data; no rule and no tool of its owner's knows the vault")
+    say(f"instance {instance.uuid} wrote its data; a rule sends its last state to the project vault")
     by_request = PARTIES[1]
     wish = {"store_project": cloud.projects[by_request.project], "store_user": cloud.users[by_request.reader]}
     status, said = agent.ask(

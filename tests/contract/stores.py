@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -129,10 +130,13 @@ def open_spec(spec: str) -> Store:
     words = json.loads(spec)
     if "cloud" not in words:
         return DirectoryStore(words["directory"])
-    session = ProjectSession(
+    return GlanceStore(_session(words))
+
+
+def _session(words: Mapping[str, str]) -> ProjectSession:
+    return ProjectSession(
         cloud=words["cloud"], project=words["project"], clouds_yaml=Path(words["clouds"]), call_timeout_s=5.0
     )
-    return GlanceStore(session)
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -191,10 +195,24 @@ def _directory_on_xfs() -> Iterator[Callable[[], StoreBench]]:
 # ---- the glance store -------------------------------------------------------------------------------------
 
 
+class _Settling(GlanceStore):
+    """As any, but a delete returns when the proxy, whose descriptors are this process's, has noticed its end."""
+
+    def __init__(self, clouds_yaml: Path, proxy: Proxy) -> None:
+        super().__init__(_session({"cloud": "autobackup", "project": "vault", "clouds": str(clouds_yaml)}))
+        self._proxy = proxy
+
+    async def delete(self, attempt: AttemptId) -> None:
+        await super().delete(attempt)
+        deadline_s = time.monotonic() + 5.0
+        while self._proxy.open_count and time.monotonic() < deadline_s:
+            await asyncio.sleep(0.005)
+
+
 def glance_bench(cloud: Cloud, clouds_yaml: Path, proxy: Proxy, *, capacity_bytes: int) -> StoreBench:
     spec = json.dumps({"cloud": "autobackup", "project": "vault", "clouds": str(clouds_yaml)})
     return StoreBench(
-        store=open_spec(spec),
+        store=_Settling(clouds_yaml, proxy),
         spec=spec,
         flip=lambda attempt, offset: _flip(cloud.image_file(_image_of(cloud, attempt)), offset),
         damage_metadata=lambda attempt: _edit_properties(cloud, attempt),

@@ -167,8 +167,16 @@ async def test_members_read_at_once_and_nobody_else_does(cloud: Cloud, store: Gl
     theirs = store_of(cloud, user="alice", project="tenant-a")
     assert await theirs.read(attempt, offset=0, length=10) == b"sealed"
     assert (await theirs.stat(attempt)).properties == {"n": "1"}
+    assert not {attempt, unshared} & {one.attempt for one in await theirs.held()}, "nobody fills our lists unasked"
+    accepted = cloud.call(
+        "alice", "tenant-a", "PUT", f"{cloud.glance_url}/v2/images/{attempt}/members/{cloud.projects['tenant-a']}",
+        json={"status": "accepted"},
+    )  # fmt: skip
+    assert accepted.status == 200
     listed = [one for one in await theirs.held() if one.attempt in (attempt, unshared)]
     assert [(one.attempt, dict(one.properties)) for one in listed] == [(attempt, {"n": "1"})]
+    assert listed[0].shared_by == cloud.projects["vault"]
+    assert [one.shared_by for one in await shared.held() if one.attempt == attempt] == [""], "once, and ours"
     with pytest.raises(StoreRefused, match="not there, or not ours to see"):
         await theirs.stat(unshared)
     await theirs.delete(attempt)  # nothing of theirs is there

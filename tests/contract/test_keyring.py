@@ -111,9 +111,9 @@ async def test_a_ring_draws_from_its_source_and_opens_what_every_other_sealed(tm
 @pytest.mark.parametrize(
     ("source", "remedy"),
     [
-        ("keyfile", "name the key file"),
-        ("barbican", "name the cloud whose Barbican has it"),
-        ("recipient", "name the file of a recipient's private key"),
+        ("keyfile", "name the key file with --keyfile FILE"),
+        ("barbican", "name the cloud whose Barbican has it with --cloud ENTRY"),
+        ("recipient", "name the file of a recipient's private key with --keyfile FILE"),
         ("vault", "nothing here opens that"),
         ("", "nothing here opens that"),
     ],

@@ -632,9 +632,15 @@ async def test_an_image_that_a_tenant_deletes_under_our_hands(scene: Scene, chun
     error = await scene.refused(attempt, BodyOf(pattern(6 * MiB), "sha512", before_chunk=at_chunk(chunk, delete)))
 
     assert isinstance(error, StoreUnavailable)
-    assert f"{status} (req-" in str(error)
-    assert "somebody deleted the image while it was sent" in str(error)
+    if not _was_reset(error):
+        assert f"{status} (req-" in str(error)
+        assert "somebody deleted the image while it was sent" in str(error)
     await scene.assert_gone_and_a_new_attempt_succeeds(attempt)
+
+
+def _was_reset(error: Exception) -> bool:
+    """uWSGI closes on what is still coming, and on a busy machine its answer is lost with it."""
+    return "reset by peer" in str(error) or "Broken pipe" in str(error)
 
 
 async def test_an_image_that_somebody_else_fills_first_is_not_taken_for_ours(scene: Scene) -> None:
@@ -647,8 +653,9 @@ async def test_an_image_that_somebody_else_fills_first_is_not_taken_for_ours(sce
     error = await scene.refused(attempt, BodyOf(data, "sha512", before_chunk=at_chunk(0, fill)))
 
     assert isinstance(error, StoreUnavailable)
-    assert "409 (req-" in str(error)
-    assert "somebody else changed the image's state" in str(error)
+    if not _was_reset(error):
+        assert "409 (req-" in str(error)
+        assert "somebody else changed the image's state" in str(error)
     assert (await scene.store.stat(attempt)).digest != hashlib.sha512(data).hexdigest()
     await scene.assert_gone_and_a_new_attempt_succeeds(attempt)
 

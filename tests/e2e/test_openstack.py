@@ -148,7 +148,8 @@ def test_a_backup_lands_in_the_project_that_the_owner_asks_for(stage: Stage) -> 
         "enabled": True, "store_project": cloud.projects["no-consent"],
     })  # fmt: skip
     assert status == 409
-    assert "no role there" in said["error"]
+    assert f"project {cloud.projects['no-consent']} has not consented" in said["error"]
+    assert "vault" not in said["error"], "which other projects have consented is not the owner's to read"
     wish = {"enabled": True, "store_project": cloud.projects["tenant-b"], "store_user": cloud.users["bob"]}
     status, said = agent.ask(ask, method="POST", body={**wish, "retention": "7d"})
     assert (status, said["enabled"]) == (200, True)

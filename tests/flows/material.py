@@ -66,11 +66,15 @@ class CountingDisk(HeldDisk):
         return super().read_into(buffer, offset)
 
 
+_MAP_FIXED = 0x10
+
+
 class FailingDisk(HeldDisk):
     """
-    A disk on which the kernel itself answers EIO: memory of ours, read through /proc/self/mem, with pages unmapped.
+    A disk on which the kernel itself answers EIO: memory of ours, read through /proc/self/mem.
 
-    *bad_pages* are the 4 KiB blocks that cannot be read.
+    *bad_pages* are the 4 KiB blocks that cannot be read: each is a page of an empty file, beyond its end. (What is only
+    unmapped is a gap in the address space, which the next small mapping of any thread may fill.)
     """
 
     def __init__(self, data: bytes, bad_pages: Sequence[int]) -> None:
@@ -79,14 +83,15 @@ class FailingDisk(HeldDisk):
         libc = ctypes.CDLL(None, use_errno=True)
         libc.mmap.restype = ctypes.c_void_p
         libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-        libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-        # a reservation that nothing else of this process is mapped into while pages are missing
         self._base = libc.mmap(
             None, size_bytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0
         )
         ctypes.memmove(self._base, data, len(data))
+        empty = os.memfd_create("empty")
         for page in bad_pages:
-            assert libc.munmap(self._base + page * mmap.PAGESIZE, mmap.PAGESIZE) == 0
+            at = self._base + page * mmap.PAGESIZE
+            assert libc.mmap(at, mmap.PAGESIZE, mmap.PROT_READ, mmap.MAP_PRIVATE | _MAP_FIXED, empty, 0) == at
+        os.close(empty)
         self.identity = replace(self.identity, size_bytes=len(data))
 
     def data_ranges(self) -> Iterator[tuple[int, int]]:

@@ -6,12 +6,10 @@ compared with what was really sealed, for everything that a disk can be.
 """
 
 import asyncio
-import ctypes
 import dataclasses
-import mmap
 import os
 import tempfile
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -44,7 +42,6 @@ from autobackup.host.disks import HeldDisk
 from autobackup.stores import Body
 
 GiB = 1024 * MiB
-_MAP_FIXED = 0x10
 ROOM_BYTES = 64 * 1024  # what digests.json is padded by, for ranges that cannot be read
 HEALTH = Health(member="disks/disk", tool="qemu-img check", result="ok", detail="größer als \U0001f98a" * 9)
 
@@ -272,25 +269,6 @@ async def test_the_record_of_digests_is_padded_and_still_one_record(tmp_path: Pa
     assert len(raw) - len(text) - 1 == ROOM_BYTES
 
 
-class TornDisk(FailingDisk):
-    """
-    Bad pages that stay bad: each is a page of an empty file, beyond its end.
-
-    What is only unmapped is a gap in the address space, which the next small mapping of any thread may fill.
-    """
-
-    def __init__(self, data: bytes, bad_pages: Sequence[int]) -> None:
-        super().__init__(data, ())
-        libc = ctypes.CDLL(None, use_errno=True)
-        libc.mmap.restype = ctypes.c_void_p
-        libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-        empty = os.memfd_create("empty")
-        for page in bad_pages:
-            at = self._base + page * mmap.PAGESIZE
-            assert libc.mmap(at, mmap.PAGESIZE, mmap.PROT_READ, mmap.MAP_PRIVATE | _MAP_FIXED, empty, 0) == at
-        os.close(empty)
-
-
 def bad_pages(count: int) -> list[int]:
     """None beside another: each is a range of its own."""
     return list(range(0, 2 * count, 2))
@@ -299,7 +277,7 @@ def bad_pages(count: int) -> list[int]:
 @pytest.mark.parametrize("count", [1, 20, 400])
 async def test_the_length_holds_however_much_cannot_be_read_while_there_is_room(count: int) -> None:
     data = os.urandom((2 * count + 1) * 4096)
-    with TornDisk(data, bad_pages(count)) as failing:
+    with FailingDisk(data, bad_pages(count)) as failing:
         contents = fixed({"disk": failing})
         members = await require_announced(contents)
     assert len(contents.unreadable) == count
@@ -312,7 +290,7 @@ async def test_the_length_holds_however_much_cannot_be_read_while_there_is_room(
 async def test_too_many_ranges_that_cannot_be_read_are_refused_with_the_remedy() -> None:
     """Nothing whole is sent, and it is not tried for ever: the same disk would have them again."""
     count = 800
-    with TornDisk(os.urandom((2 * count + 1) * 4096), bad_pages(count)) as failing:
+    with FailingDisk(os.urandom((2 * count + 1) * 4096), bad_pages(count)) as failing:
         end, _, outcome = await sent(fixed({"disk": failing}))
     assert isinstance(outcome, Refused)
     assert "too many ranges cannot be read" in str(outcome)
@@ -323,7 +301,7 @@ async def test_too_many_ranges_that_cannot_be_read_are_refused_with_the_remedy()
 async def test_the_remedy_helps() -> None:
     count = 800
     end = End("d")
-    with TornDisk(os.urandom((2 * count + 1) * 4096), bad_pages(count)) as failing:
+    with FailingDisk(os.urandom((2 * count + 1) * 4096), bad_pages(count)) as failing:
         made = fixed({"disk": failing})
         contents = Contents(
             manifest=Manifest.decode(made._members[0].data), members=made._members[1:], health=(), mtime_s=1

@@ -44,6 +44,8 @@ class Proxy:
         """What has been passed on from clients to the server."""
         self.connection_count = 0
         """How many connections were accepted."""
+        self.open_count = 0
+        """How many of them are open: two descriptors of this process each, as long as it takes to notice an end."""
         self.fault_count = 0
         """How many of the faults that happen once (`cut_after`, `drop_reply`) have happened."""
 
@@ -136,6 +138,7 @@ class Proxy:
                 continue
             with self._lock:
                 self.connection_count += 1
+                self.open_count += 1
                 self._start(self._forward, _Connection(client=client, server=server))
         listener.close()
         with self._lock:
@@ -154,6 +157,8 @@ class Proxy:
                         connection.cut()
             except OSError:  # one side broke it: so do we
                 connection.cut()
+        with self._lock:
+            self.open_count -= 1
 
     def _step(self, connection: "_Connection") -> bool:
         """Wait for a short while and pass on what is there; False if a fault ends the connection."""
