@@ -13,8 +13,8 @@ OPENSTACK := $(CLOUD)/.installed
 # What the packages are for: a hypervisor without KVM; building libvirt-python; the tools tests and users compare with.
 PACKAGES := libvirt-daemon-system libvirt-clients qemu-system-x86 qemu-utils seabios \
             libvirt-dev pkg-config gcc libc6-dev binutils python3-venv python3-dev \
-            util-linux mount e2fsprogs xfsprogs zstd openssl strace
-BENCH_PACKAGES := age gnupg restic borgbackup coreutils curl time
+            util-linux mount e2fsprogs xfsprogs zstd openssl strace curl
+BENCH_PACKAGES := age gnupg restic borgbackup coreutils time
 
 .PHONY: demo demo-openstack test check lint fmt bench crash clean packages bench-packages
 

@@ -35,6 +35,8 @@ def data_key(key: dict[str, str], path: Path) -> bytes:
     name = hashlib.sha256(b"".join(one.public_key().public_bytes_raw() for one in keys)).hexdigest()[:16]
     kem = hpke.KEM.X25519 if len(keys) == 1 else hpke.KEM.MLKEM768_X25519
     private = keys[0] if len(keys) == 1 else hpke.MLKEM768X25519PrivateKey(*keys)
+    if name not in key:
+        sys.exit(f"sealed to {sorted(key.keys() - {'source'})}, and that private key is {name}")
     wrapped = base64.b64decode(key[name].partition(":")[2])
     return hpke.Suite(kem, hpke.KDF.HKDF_SHA256, hpke.AEAD.AES_256_GCM).decrypt(
         wrapped, private, b"autobackup/1 data key"
