@@ -252,6 +252,27 @@ def test_a_destination_that_is_down_does_not_stop_the_others_and_gets_its_copy_l
         stage.backup("bob", "tenant-b", instance)
 
 
+def test_a_destination_that_hangs_holds_nobody(stage: Stage) -> None:
+    """It takes connections and says nothing: the others do not wait for the end of its deadlines (30 s each)."""
+    with Proxy.to(stage.cloud.glance_url) as proxy:
+        clouds = clouds_yaml(stage.cloud, stage.scene.home, far={"image_endpoint_override": proxy.url})
+        agent = stage.start({"far": glance("tenant-b", cloud="far"), "near": glance("tenant-a")}, clouds=clouds)
+        instances = [stage.spawn() for _ in range(3)]
+        proxy.stall()
+        for instance in instances:
+            stage.terminate(instance)
+
+        def near_has_all() -> bool:
+            copies = [copy for job in agent.jobs() for copy in job["copies"] if copy["destination"] == "near"]
+            return [copy["state"] for copy in copies] == ["verified"] * 3
+
+        wait_until(near_has_all, within_s=25, words="the healthy destination has every copy")
+        proxy.heal()
+
+        for instance in instances:
+            assert agent.receipt_of(instance.uuid, within_s=90)["scrub"]["scrubbed"]
+
+
 def test_a_destination_that_is_slow_is_detached_and_sent_later(stage: Stage) -> None:
     with Proxy.to(stage.cloud.glance_url) as proxy:
         clouds = clouds_yaml(stage.cloud, stage.scene.home, far={"image_endpoint_override": proxy.url})

@@ -87,7 +87,7 @@ class Backup:
                 await self._workers.blocking(partial(self._spool.take_over, record))
                 await self._jobs.move(record.job, JobEvent.STARTED)
             case JobState.SENDING:
-                await self._send_and_prove(record)
+                return await self._send_and_prove(record)
             case JobState.VERIFIED:
                 await self._open_gates(record)
             case JobState.SCRUBBING:
@@ -106,7 +106,8 @@ class Backup:
 
     # ---- sending ----------------------------------------------------------------------------------------
 
-    async def _send_and_prove(self, record: JobRecord) -> None:
+    async def _send_and_prove(self, record: JobRecord) -> bool:
+        """False where copies are left for later: another job may have this one's place until then."""
         record = await self._send.resume(record)
         due = [
             copy for copy in record.copies
@@ -121,7 +122,8 @@ class Backup:
         ]  # fmt: skip
         if all_settled(record.copies) and not waiting:
             await self._jobs.move(record.job, JobEvent.ALL_VERIFIED, failure_count=0, last_error="")
-        elif only_parked_left(record.copies):
+            return True
+        if only_parked_left(record.copies):
             reasons = "; ".join(copy.last_error for copy in record.copies if copy.state is CopyState.PARKED)
             await self._jobs.move(record.job, JobEvent.GAVE_UP, last_error=reasons)
             _log.error("job.parked", job=record.job, instance=record.instance, error=reasons)
@@ -132,6 +134,7 @@ class Backup:
                 not_before_s=min(copy.not_before_s for copy in waiting),
                 last_error="; ".join(copy.last_error for copy in waiting),
             )
+        return False
 
     # ---- the gates in front of the scrub ----------------------------------------------------------------
 
