@@ -131,7 +131,7 @@ def keys() -> KeyFile:
 
 
 async def _outlet(number: int, attempt: AttemptId, store: Store) -> Outlet:
-    key = await keys().draw()
+    key = await keys().draw(attempt)
     name = DestinationName(f"store{number}")
     header = Header(
         job="bench", attempt=attempt, instance=_INSTANCE, destination=name, created_at_s=0, expires_at_s=None,
