@@ -17,8 +17,9 @@ from typing import Annotated, Any, Final, get_args, get_origin, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from autobackup.config import Config, key_of, nearest
+from autobackup.config import Config
 from autobackup.errors import ConfigError
+from autobackup.fields import key_of, nearest
 
 _REMEDIES: Final = {
     "dataclass_type": "must be a table: write [{key}] above its keys",

@@ -6,8 +6,10 @@ Everything the agent raises on purpose, sorted by what must happen next.
     ├── Transient            the same call may succeed later; back off and retry
     │   ├── HypervisorUnavailable
     │   ├── StoreUnavailable
+    │   │   └── NotConsented     and an owner's request for it is refused
     │   ├── KeysUnavailable
     │   ├── CloudUnavailable
+    │   │   └── NoRole
     │   ├── SpoolUnavailable
     │   └── DiskBusy
     ├── Refused              retrying cannot help; park the job for an operator
@@ -51,6 +53,10 @@ class StoreUnavailable(Transient):
     """A store is full, read-only, gone or slow; what it was given is not to be counted on."""
 
 
+class NotConsented(StoreUnavailable):
+    """Whoever administers the project has not granted us the roles that are its consent."""
+
+
 class KeysUnavailable(Transient):
     """The source of keys cannot be read now."""
 
@@ -61,6 +67,10 @@ class CloudUnavailable(Transient):
     def __init__(self, words: str = "", *, status: int | None = None, retry_after_s: float | None = None) -> None:
         super().__init__(words, retry_after_s=retry_after_s)
         self.status = status
+
+
+class NoRole(CloudUnavailable):
+    """Keystone knows us, and gives us no token for the project."""
 
 
 class SpoolUnavailable(Transient):

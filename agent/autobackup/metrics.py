@@ -67,6 +67,12 @@ class Metrics:
             "autobackup_destination_reachable", "1 if the destination would take a copy, at the last look",
             ["destination"], registry=registry,
         )  # fmt: skip
+        self.nova_reachable = Gauge(
+            "autobackup_nova_reachable", "1 if Nova answered when it was last asked", registry=registry
+        )
+        self.requests_refused = Gauge(
+            "autobackup_requests_refused", "Instances whose owners ask for what is not granted", registry=registry
+        )
         self.scrubs = Counter("autobackup_scrubs_total", "Disks scrubbed or kept", ["outcome"], registry=registry)
 
     def render(self) -> bytes:

@@ -35,6 +35,32 @@ class VerdictKind(enum.StrEnum):
     UNDECIDED = "undecided"
 
 
+class Occasion(enum.StrEnum):
+    """What happened to an instance that a rule may want its disk for: its `on`."""
+
+    TERMINATE = "terminate"
+    REBUILD = "rebuild"  # whoever broke in may rebuild to destroy the evidence
+    SHELVE_OFFLOAD = "shelve-offload"
+
+
+class DiskKind(enum.StrEnum):
+    """What a rule may choose of an instance's disks. Firmware state and the console's log come with any of them."""
+
+    ROOT = "root"
+    EPHEMERAL = "ephemeral"
+    SWAP = "swap"
+    CONFIG_DRIVE = "config-drive"
+
+
+class RequestSource(enum.StrEnum):
+    """How an owner asked. The first of them that has a word decides."""
+
+    SOCKET = "socket"
+    SERVER = "server"  # `openstack server set --property autobackup=true`
+    IMAGE = "image"
+    FLAVOR = "flavor"
+
+
 class JobState(enum.StrEnum):
     """Where a job stands; the legal moves are `rules.lifecycle.JOB_MOVES`."""
 
@@ -105,12 +131,39 @@ class DiskSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """The owner's wish for one instance: to whom its last state goes, who may open it, for how long it is kept."""
+    """
+    The owner's wish for one instance: to whom its last state goes, who may open it, for how long it is kept.
+
+    Not *enabled*: the owner wants no backup, which only a rule that may be declined heeds. *refused*: why it is not
+    granted; it stays, for its owner to read, and is asked for again.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = _JOURNALED
-    project: str  # id; owns image and key
+    project: str = ""  # id; owns image and key
     reader: str = ""  # id of a user who may have the key
     retention_s: float | None = None  # None: as long as the destination's terms say
+    enabled: bool = True
+    source: RequestSource = RequestSource.SOCKET
+    refused: str = ""
+    asked: bool = True  # its project has been asked; until then nothing is done with it, nor without it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerRecord:
+    """What OpenStack says of a server, in its domain's metadata or by its API. None: nobody has told yet."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _JOURNALED
+    name: str = ""  # by the API: the domain's goes stale when the server is renamed
+    project_name: str = ""
+    user: str = ""  # id
+    user_name: str = ""
+    domain: str | None = None  # Keystone's, of the project; id
+    flavor: str = ""
+    extra_specs: Mapping[str, str] | None = None
+    image: str = ""  # id of the one that the server was made from
+    image_properties: Mapping[str, str] | None = None
+    image_heard: bool = False  # Glance was asked, too: a domain carries only what Nova knows
+    properties: Mapping[str, str] | None = None  # the owner's; gone from the API as soon as the server is
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,11 +175,16 @@ class InstanceRecord:
     libvirt_name: str = ""
     display_name: str = ""  # Nova's name of the server, where the domain carries it
     owner_project: str = ""
+    server: ServerRecord = ServerRecord()
     disks: tuple[DiskSource, ...] = ()
     nvram_path: str | None = None
     tpm: bool = False
     domain_xml: str = ""
+    root_inode: int = 0  # the root disk that the domain was last seen with; 0: none yet
     resized_inodes: tuple[int, ...] = ()  # root disks last seen under `<uuid>_resize/`
+    reverted_inodes: tuple[int, ...] = ()  # root disks that went when an older one came back from there
+    companion_inodes: tuple[int, ...] = ()  # the other files that were last seen beside `root_inode`
+    outlived_inodes: tuple[int, ...] = ()  # those that were seen beside an earlier root disk
     migrated_away: bool = False  # the last stop was a migration to another host
     request: Request | None = None
     updated_at_s: float = 0.0
@@ -134,7 +192,7 @@ class InstanceRecord:
     @property
     def name(self) -> str:
         """What an operator would call it."""
-        return self.display_name or self.libvirt_name
+        return self.server.name or self.display_name or self.libvirt_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,7 +234,8 @@ class CopyRecord:
     not_before_s: float = 0.0  # Unix time of the next try
     last_error: str = ""
     verified_at_s: float | None = None
-    request: Request | None = None  # the terms, where they are not the destination's own
+    request: Request | None = None  # the terms, where they are not the destination's own: an owner's
+    retention_s: float | None = None  # or the rule's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,6 +248,7 @@ class JobRecord:
     state: JobState
     verdict: VerdictKind
     verdict_reason: str
+    occasion: Occasion = Occasion.TERMINATE
     rule: str
     scrub_method: str
     created_at_s: float

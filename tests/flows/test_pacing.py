@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.unit.virtual_time import now_s, run
 
-from autobackup.config import Destination
 from autobackup.flows.pacing import Pace
 from autobackup.stores import Body, Chunk
+from autobackup.terms import Destination
 
 KiB = 1024
 MiB = 1024 * KiB

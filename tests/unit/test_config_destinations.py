@@ -15,9 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.unit.config_files import RULE, Folder
 
-from autobackup.config import _GOES_WITH, _NEEDS, Config, Destination
+from autobackup.config import Config
 from autobackup.configfile import load
 from autobackup.errors import ConfigError
+from autobackup.terms import _GOES_WITH, _NEEDS, Destination
 
 USER = "0123456789abcdef0123456789abcdef"
 STORES = ("directory", "glance")

@@ -21,7 +21,7 @@ from tests.bench.peak import peak_rss_bytes
 from tests.bench.sealed import thread_times
 
 from autobackup import logs
-from autobackup.config import Destination, OpenstackSection, RetrySection, SealingSection
+from autobackup.config import OpenstackSection, RetrySection, SealingSection
 from autobackup.flows.fanout import FanoutLimits
 from autobackup.flows.jobs import Jobs
 from autobackup.flows.pacing import Pace
@@ -47,6 +47,7 @@ from autobackup.rules.termination import Verdict
 from autobackup.service import app  # noqa: F401  # what the agent has in memory beside
 from autobackup.service.heap import keep_buffers
 from autobackup.stores.opening import open_destination
+from autobackup.terms import Destination
 
 _CLOUD: Final = "autobackup"
 _LOOK_EVERY_S: Final = 0.1  # at its threads; more often is a load of its own
