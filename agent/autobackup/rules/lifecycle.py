@@ -26,7 +26,7 @@ class JobEvent(enum.StrEnum):
     CHANGED = "changed"  # torn capture: read it again
     SCRUB_BEGUN = "scrub_begun"
     SCRUBBED = "scrubbed"
-    STILL_NAMED = "still_named"
+    NOT_TO_BE_SCRUBBED = "not_to_be_scrubbed"  # still named elsewhere, or not a terminated instance's
     NAME_GONE = "name_gone"
     RECEIPTED = "receipted"
     GAVE_UP = "gave_up"  # retrying cannot help
@@ -60,9 +60,9 @@ JOB_MOVES: Final[Mapping[tuple[JobState, JobEvent], JobState]] = MappingProxyTyp
         (JobState.VERIFIED, JobEvent.CHANGED): JobState.QUEUED,
         (JobState.VERIFIED, JobEvent.GAVE_UP): JobState.PARKED,
         (JobState.VERIFIED, JobEvent.SCRUB_BEGUN): JobState.SCRUBBING,
-        (JobState.VERIFIED, JobEvent.STILL_NAMED): JobState.KEPT,
+        (JobState.VERIFIED, JobEvent.NOT_TO_BE_SCRUBBED): JobState.KEPT,
         (JobState.SCRUBBING, JobEvent.SCRUBBED): JobState.SCRUBBED,
-        (JobState.SCRUBBING, JobEvent.STILL_NAMED): JobState.KEPT,
+        (JobState.SCRUBBING, JobEvent.NOT_TO_BE_SCRUBBED): JobState.KEPT,
         (JobState.SCRUBBED, JobEvent.RECEIPTED): JobState.DONE,
         (JobState.KEPT, JobEvent.NAME_GONE): JobState.DONE,
         (JobState.PARKED, JobEvent.RETRY_ORDERED): JobState.QUEUED,

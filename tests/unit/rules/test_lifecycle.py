@@ -40,24 +40,24 @@ from autobackup.rules.lifecycle import (
 )
 
 JOB = """
-    queued      started          sending
-    queued      gave_up          parked
-    queued      discard_ordered  discarded
-    sending     all_verified     verified
-    sending     interrupted      queued
-    sending     changed          queued
-    sending     gave_up          parked
-    verified    scrub_begun      scrubbing
-    verified    still_named      kept
-    verified    changed          queued
-    verified    gave_up          parked
-    scrubbing   scrubbed         scrubbed
-    scrubbing   still_named      kept
-    scrubbed    receipted        done
-    kept        name_gone        done
-    parked      retry_ordered    queued
-    parked      discard_ordered  discarded
-    discarded   receipted        done
+    queued      started             sending
+    queued      gave_up             parked
+    queued      discard_ordered     discarded
+    sending     all_verified        verified
+    sending     interrupted         queued
+    sending     changed             queued
+    sending     gave_up             parked
+    verified    scrub_begun         scrubbing
+    verified    not_to_be_scrubbed  kept
+    verified    changed             queued
+    verified    gave_up             parked
+    scrubbing   scrubbed            scrubbed
+    scrubbing   not_to_be_scrubbed  kept
+    scrubbed    receipted           done
+    kept        name_gone           done
+    parked      retry_ordered       queued
+    parked      discard_ordered     discarded
+    discarded   receipted           done
 """
 COPY = """
     queued      started          sending

@@ -1,5 +1,5 @@
 """
-What became of a candidate, over every combination of facts, and over what Nova was measured to do.
+What became of a candidate without a Nova: every combination of facts, and what Nova was measured to do on the host.
 
 The first half enumerates: 43,008 combinations, of which few are terminations. The second half plays the sequences
 of a real Nova, row by row, each with the facts that libvirt, the inode and the folders show at that moment.
@@ -79,10 +79,14 @@ def test_every_combination_of_facts_has_a_verdict_with_a_reason() -> None:
 
 
 def test_every_fact_is_in_the_enumeration() -> None:
-    """A new field of `Facts` must be enumerated too."""
+    """A new field of `Facts` must be enumerated too; those of Nova's are in `every_combination`."""
     varied = {"domain", "link_count", "named_at", "last_named_at", "other_root_disk", "migrated_away", "lease",
               "quiet_s", "undefined_is_released", "cloud_is_silent"}  # fmt: skip
-    assert {field.name for field in dataclasses.fields(Facts)} == varied | {"quiet_required_s", "leaked_after_s"}
+    of_novas = {"was_defined": True, "is_current": True, "was_reverted": False, "nova": None}
+    limits = {"quiet_required_s", "leaked_after_s"}
+    assert {field.name for field in dataclasses.fields(Facts)} == varied | limits | set(of_novas)
+    defaults = {field.name: field.default for field in dataclasses.fields(Facts)}
+    assert {name: defaults[name] for name in of_novas} == of_novas
 
 
 def test_a_fact_is_called_in_logs_what_it_is_called_here() -> None:
@@ -192,7 +196,8 @@ def is_moved(facts: Facts) -> bool:
 def is_alive(facts: Facts) -> bool:
     if facts.other_root_disk:
         return facts.domain is not Domain.UNKNOWN and facts.named_at in (Place.INSTANCE, Place.RESIZE)
-    return facts.domain in (Domain.ACTIVE, Domain.INACTIVE)
+    unlinked = facts.named_at is Place.NOWHERE and facts.link_count == 1  # under the guest: its content is not final
+    return facts.domain is Domain.INACTIVE or (facts.domain is Domain.ACTIVE and not unlinked)
 
 
 WHAT_IT_TAKES = {TERMINATED: is_terminated, REPLACED: is_replaced, MOVED: is_moved, ALIVE: is_alive}
@@ -256,7 +261,7 @@ def test_the_reason_says_what_kept_it_from_being_a_termination() -> None:
     assert decide(terminated).kind is TERMINATED
     for hindrance, words in (
         ({"domain": Domain.UNKNOWN}, "libvirt did not answer"),
-        ({"domain": Domain.ACTIVE}, "running"),
+        ({"domain": Domain.ACTIVE}, "unlinked while the guest runs on"),
         ({"domain": Domain.INACTIVE}, "defined"),
         ({"link_count": 2}, "neither ours nor Nova's"),
         ({"named_at": Place.INSTANCE}, "its folder still names the disk"),
@@ -403,7 +408,7 @@ def test_row_5_local_delete_with_a_running_writer() -> None:
 
 def test_row_5b_unlinked_under_a_running_guest() -> None:
     """`running_deleted_instance_action = noop`: the last name is ours, and the content is not final."""
-    disk = Disk().moved_to(Place.DELETED).unlinked().is_(ALIVE).after(LEAKED_S).is_(ALIVE)
+    disk = Disk().moved_to(Place.DELETED).is_(ALIVE).unlinked().is_(UNDECIDED).after(LEAKED_S).is_(UNDECIDED)
     disk = disk.undefined().after(QUIET_S).is_(UNDECIDED)  # a transient domain that QEMU outlives: BUSY
     disk.then(lease=Lease.NOT_TRIED).after(QUIET_S).is_(UNDECIDED)
     disk.then(lease=Lease.GRANTED).after(QUIET_S).is_(TERMINATED)
