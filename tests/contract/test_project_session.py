@@ -22,7 +22,7 @@ from tests.lab.openstack.cloud import Cloud
 from tests.lab.proxy import Proxy
 
 from autobackup.cloud.session import ProjectSession
-from autobackup.errors import AutobackupError, CloudUnavailable, ConfigError
+from autobackup.errors import AutobackupError, CloudUnavailable, ConfigError, NoRole
 from autobackup.stores.barbican import BarbicanKeys
 from autobackup.stores.glance import GlanceStore
 
@@ -76,12 +76,12 @@ async def test_a_project_that_has_not_consented_is_told_with_the_grant_to_make(
 ) -> None:
     session = session_of(tmp_path, entry_of(cloud), project=project)
 
-    text = await told(session.access(), CloudUnavailable, f"project {project!r}", "we have no role there", "vault")
+    text = await told(session.access(), NoRole, f"project {project!r}", "we have no role there", "vault")
 
     assert f"openstack role add --user autobackup --project {project} autobackup" in text
     # every call says so, and not only the first
-    await told(session.call("image", "GET", "/v2/images"), CloudUnavailable, "openstack role add")
-    await told(session.access_now(), CloudUnavailable, "openstack role add")
+    await told(session.call("image", "GET", "/v2/images"), NoRole, "openstack role add")
+    await told(session.access_now(), NoRole, "openstack role add")
 
 
 async def test_a_project_with_some_of_the_roles_is_told_the_others(cloud: Cloud, tmp_path: Path) -> None:

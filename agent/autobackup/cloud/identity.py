@@ -5,13 +5,14 @@ Keystone answers the same 401 to a wrong password, a project that does not exist
 it was is found out by asking for a token without a project, and for the list of projects that would have us.
 """
 
+import re
 import ssl
 import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from autobackup.errors import CloudUnavailable, ConfigError
+from autobackup.errors import CloudUnavailable, ConfigError, NoRole
 
 REQUIRED_ROLES: Final = ("member", "creator", "autobackup")
 """What whoever administers a project grants us there: `member` for Glance, `creator` for the Barbicans that still go
@@ -19,6 +20,7 @@ by it, and our own, `autobackup`, which is the consent."""
 
 
 _SECRETS: Final = frozenset({"password", "application_credential_secret", "token", "passcode"})
+_VERSION: Final = re.compile(r"/v\d[\d.]*(/[0-9a-f]{32})?$")
 _NONSENSE: Final = "what it said is not what Keystone says; make sure that it is Keystone that answers there"
 
 
@@ -159,7 +161,9 @@ class Credentials:
         try:
             return question()
         except exceptions.Unauthorized as exc:
-            raise CloudUnavailable(f"{self._place}: {self._why_unauthorized()}") from exc
+            words, is_no_role = self._why_unauthorized()
+            kind = NoRole if is_no_role else CloudUnavailable
+            raise kind(f"{self._place}: {words}") from exc
         except exceptions.RetriableConnectionFailure as exc:
             remedy = "make sure that it runs and can be reached from this host"
             raise CloudUnavailable(f"{self._place}: Keystone: {exc}; {remedy}") from exc
@@ -222,30 +226,30 @@ class Credentials:
         url = str(self._region.config.get("auth", {}).get("auth_url", "")).rstrip("/")
         return url if url.endswith("/v3") else f"{url}/v3"
 
-    def _why_unauthorized(self) -> str:
-        """The three things that one 401 may mean."""
+    def _why_unauthorized(self) -> tuple[str, bool]:
+        """Which of the things that one 401 may mean, and whether it is that nobody has given us a role there."""
         from keystoneauth1 import exceptions
         from keystoneauth1.identity import v3
 
         auth = self._region.config.get("auth", {})
         if not self._project or not auth.keys() & {"username", "user_id"}:
-            return (
+            words = (
                 "Keystone refuses what clouds.yaml says of us: a wrong password or secret, or one that was revoked, "
-                "or whoever gave it has lost the role in it"
             )
+            return f"{words}or whoever gave it has lost the role in it", False
         known = ("auth_url", "username", "user_id", "password", "user_domain_id", "user_domain_name")
         unscoped = v3.Password(unscoped=True, **{key: auth[key] for key in known if key in auth})
         try:
             answer = self._session.get(f"{self._keystone()}/auth/projects", auth=unscoped)
             projects = sorted(project["name"] for project in answer.json()["projects"])
         except exceptions.Unauthorized:
-            return "Keystone refuses our name or password; mend this cloud's entry in clouds.yaml"
+            return "Keystone refuses our name or password; mend this cloud's entry in clouds.yaml", False
         except (exceptions.ClientException, ValueError, KeyError, TypeError, RecursionError):
-            return "Keystone refuses us there, and did not say more"
+            return "Keystone refuses us there, and did not say more", False
         user = auth.get("username") or auth.get("user_id")
-        return f"we have no role there, or it does not exist; {grants(user, self._project)}; projects where we " + (
-            f"have a role: {', '.join(projects)}" if projects else "have a role: none"
-        )
+        listed = ", ".join(projects) or "none"
+        words = f"we have no role there, or it does not exist; {grants(user, self._project)}"
+        return f"{words}; projects where we have a role: {listed}", True
 
 
 def _require_shape(path: Path, cloud: str) -> None:
@@ -279,9 +283,8 @@ def _is_id(text: str) -> bool:
 
 
 def _without_version(url: str) -> str:
-    url = url.rstrip("/")
-    head, _, tail = url.rpartition("/")
-    return head if len(tail) >= 2 and tail[0] == "v" and tail[1].isdigit() else url
+    """Nova's URL may end in the project's id, after the version."""
+    return _VERSION.sub("", url.rstrip("/"))
 
 
 def _number(text: str | None) -> float | None:

@@ -92,8 +92,12 @@ class ProjectSession:
         self._threads = ThreadPoolExecutor(1, "keystone")
 
     async def check_entry(self) -> None:
-        """Raise `ConfigError` if clouds.yaml or our entry in it is wrong. Asks nobody on the network."""
-        await self._in_thread(self._credentials.ready)
+        """
+        Raise `ConfigError` if clouds.yaml or our entry in it is wrong. Asks nobody on the network.
+
+        Without a deadline: a busy machine may take seconds to import openstacksdk, which is nothing to mend.
+        """
+        await asyncio.get_running_loop().run_in_executor(self._threads, self._credentials.ready)
 
     async def access(self) -> Access:
         """Who we are in the project, by a token that is good now. `CloudUnavailable` says what is to be done."""
@@ -216,7 +220,8 @@ def explanation(body: bytes, *, longest: int = 200) -> str:
     except (ValueError, RecursionError):
         said = re.sub(r"(?s)<title>.*?</title>|<h1>.*?</h1>|<[^>]*>", " ", text)
     while isinstance(said, dict) and said:
-        said = next((said[key] for key in ("message", "description", "title", "error") if key in said), "")
+        inner = (value for value in said.values() if isinstance(value, dict))  # Nova's are under a name of their own
+        said = next((said[key] for key in ("message", "description", "title", "error") if key in said), next(inner, ""))
     return " ".join(str(said).split())[:longest]
 
 

@@ -26,7 +26,15 @@ from autobackup.cloud.glance import Glance, Image
 from autobackup.cloud.identity import grants
 from autobackup.cloud.session import ProjectSession
 from autobackup.cloud.upload import Upload
-from autobackup.errors import CloudRefused, CloudUnavailable, RecordDamaged, StoreRefused, StoreUnavailable
+from autobackup.errors import (
+    CloudRefused,
+    CloudUnavailable,
+    NoRole,
+    NotConsented,
+    RecordDamaged,
+    StoreRefused,
+    StoreUnavailable,
+)
 from autobackup.model import AttemptId
 from autobackup.stores.interface import Body, Stored
 
@@ -70,7 +78,7 @@ class GlanceStore:
             newest = await self._glance.newest_active()
             access = await self._session.access_now()
             if access.missing_roles:
-                raise StoreUnavailable(
+                raise NotConsented(
                     f"{self._session.place}: has not consented: without the role "
                     f"{' and '.join(access.missing_roles)} there; "
                     f"{grants(access.user_name, access.project_name, access.missing_roles)}"
@@ -255,7 +263,8 @@ def _as_store_errors() -> Iterator[None]:
     try:
         yield
     except CloudUnavailable as exc:
-        raise StoreUnavailable(str(exc), retry_after_s=exc.retry_after_s) from exc
+        kind = NotConsented if isinstance(exc, NoRole) else StoreUnavailable
+        raise kind(str(exc), retry_after_s=exc.retry_after_s) from exc
     except CloudRefused as exc:
         raise StoreRefused(str(exc)) from exc
 

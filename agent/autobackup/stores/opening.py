@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autobackup.cloud.session import ProjectSession
-from autobackup.config import Destination, OpenstackSection
+from autobackup.config import OpenstackSection
 from autobackup.stores.barbican import BarbicanKeys
 from autobackup.stores.directory import DirectoryStore
 from autobackup.stores.glance import GlanceStore
@@ -14,6 +14,7 @@ from autobackup.stores.interface import Store
 from autobackup.stores.keyfile import KeyFile
 from autobackup.stores.keys import KeyOpener, Keyring, KeySource, PublishedKey
 from autobackup.stores.recipient import PrivateKeys, Recipients, is_private_key
+from autobackup.terms import Destination
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
