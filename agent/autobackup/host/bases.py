@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Final
 
 from autobackup.errors import SpoolUnavailable
@@ -54,7 +55,8 @@ class Bases:
         names = {short_name(link.path) for link in wanted}
         for entry in os.listdir(self._folder):
             if entry.rpartition(".")[0] not in names:
-                os.unlink(os.path.join(self._folder, entry))
+                with suppress(FileNotFoundError):  # another release was faster
+                    os.unlink(os.path.join(self._folder, entry))
 
 
 def short_name(path: str) -> str:

@@ -171,6 +171,20 @@ class Claims:
         except FileNotFoundError:
             return 0
 
+    def occupied_bytes(self, claim: Claim) -> int | None:
+        """What the file takes of its filesystem; None if it is gone."""
+        try:
+            return os.lstat(self._path(claim)).st_blocks * 512
+        except FileNotFoundError:
+            return None
+
+    def changed_at_ns(self, claim: Claim) -> int:
+        """st_ctime of the inode: of a file that was unlinked, when that was; 0 if it is gone."""
+        try:
+            return os.lstat(self._path(claim)).st_ctime_ns
+        except FileNotFoundError:
+            return 0
+
     def place(self, claim: Claim) -> Place:
         """Which folder of Nova's names the held inode now."""
         path = named_path(self._instances_path, claim.instance, claim.disk, claim.inode)

@@ -1,6 +1,7 @@
 """What is read of a domain, live and inactive, and what a later reading may take away: nothing."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from autobackup.errors import Damaged
 from autobackup.host.domain_xml import is_novas, merge, read_domain
-from autobackup.model import ChainLink
+from autobackup.model import ChainLink, InstanceRecord, Request
 
 INSTANCE = "6a0b2d0e-3c5f-4d62-9a57-0f8f0f0c1d2e"
 FOLDER = f"/var/lib/nova/instances/{INSTANCE}"
@@ -106,9 +107,21 @@ def test_a_live_reading_replaces_the_chain() -> None:
 
 
 def test_what_others_learnt_is_kept() -> None:
-    known = replace(read_domain(LIVE), resized_inodes=(1, 2), migrated_away=True)
-    merged = merge(known, read_domain(INACTIVE))
-    assert (merged.resized_inodes, merged.migrated_away) == ((1, 2), True)
+    others: dict[str, Any] = {
+        "root_inode": 7, "resized_inodes": (1, 2), "reverted_inodes": (3,), "companion_inodes": (4,),
+        "outlived_inodes": (5,), "migrated_away": True, "request": Request(project="5e3c"),
+    }  # fmt: skip
+    merged = merge(replace(read_domain(LIVE), **others), read_domain(INACTIVE))
+    assert {name: getattr(merged, name) for name in others} == others
+
+
+def test_a_field_is_read_of_the_domain_or_learnt_elsewhere_and_merged_or_kept() -> None:
+    """A new one of either kind must be merged, too."""
+    read = {"instance", "libvirt_name", "display_name", "owner_project", "server", "disks", "nvram_path", "tpm",
+            "domain_xml"}  # fmt: skip
+    learnt = {"root_inode", "resized_inodes", "reverted_inodes", "companion_inodes", "outlived_inodes",
+              "migrated_away", "request", "updated_at_s"}  # fmt: skip
+    assert {field.name for field in fields(InstanceRecord)} == read | learnt
 
 
 @pytest.mark.parametrize(
