@@ -14,7 +14,7 @@ from typing import Final
 
 from tests.flows.material import limits
 
-from autobackup.config import Destination, RetrySection
+from autobackup.config import RetrySection
 from autobackup.errors import AutobackupError
 from autobackup.flows.backup import Backup
 from autobackup.flows.jobs import Jobs
@@ -40,15 +40,18 @@ from autobackup.model import (
     JobId,
     JobRecord,
     JobState,
+    Occasion,
     VerdictKind,
 )
-from autobackup.rules.policy import Plan
+from autobackup.rules.policy import Plan, PlannedCopy
 from autobackup.rules.termination import Verdict
 from autobackup.stores import Body, DataKey, OpenDestination, Store, Stored
 from autobackup.stores.directory import DirectoryStore
 from autobackup.stores.keyfile import KeyFile, write_kek
+from autobackup.terms import Destination
 
 RETRY: Final = RetrySection(first_s=5.0, longest_s=900.0)
+GONE: Final = Verdict(kind=VerdictKind.TERMINATED, reason="gone", occasion=Occasion.TERMINATE)
 
 
 class Clock:
@@ -245,7 +248,9 @@ class Rig:
         disks: Mapping[str, bytes],
         *,
         terminated: bool = True,
+        verdict: Verdict = GONE,
         scrub_method: str = "zero",
+        retention_s: float | None = None,
         format_name: str = "raw",
         chain: tuple[ChainLink, ...] = (),
     ) -> JobRecord:
@@ -279,12 +284,13 @@ class Rig:
             record,
             claims,
             self.spool.claims,
-            Verdict(kind=VerdictKind.TERMINATED, reason="gone"),
+            verdict,
             Plan(
                 rule="all",
-                destinations=tuple(DestinationName(name) for name in self.doors),
+                copies=tuple(
+                    PlannedCopy(destination=DestinationName(name), retention_s=retention_s) for name in self.doors
+                ),
                 scrub_method=scrub_method,
-                certain=True,
             ),
             str(self.instances),
             self.clock(),

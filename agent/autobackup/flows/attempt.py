@@ -5,9 +5,9 @@ What one attempt says of itself: in the header of its sealed bundle, and in its 
 from collections.abc import Mapping
 from typing import Final
 
-from autobackup.config import Destination
 from autobackup.container.header import Header
 from autobackup.model import AttemptRecord, JobRecord
+from autobackup.terms import Destination
 
 _FORMAT: Final = "1"
 

@@ -27,7 +27,7 @@ from autobackup.errors import (
     Transient,
 )
 from autobackup.flows.jobs import Jobs
-from autobackup.flows.receipt import receipt
+from autobackup.flows.receipt import receipt, why_not_scrubbed
 from autobackup.flows.send import Send
 from autobackup.flows.workers import Workers
 from autobackup.host.claims import named_path
@@ -35,7 +35,7 @@ from autobackup.host.disks import HeldDisk
 from autobackup.host.scrub import ScrubMethod, method_named, scrub_file
 from autobackup.host.spool import Spool
 from autobackup.metrics import Metrics
-from autobackup.model import CopyState, HeldFile, JobId, JobRecord, JobState
+from autobackup.model import CopyState, HeldFile, JobId, JobRecord, JobState, VerdictKind
 from autobackup.rules.lifecycle import JobEvent, all_settled, only_parked_left, retry_delay_s
 
 _log = logs.get("flows.backup")
@@ -108,6 +108,8 @@ class Backup:
 
     async def _send_and_prove(self, record: JobRecord) -> bool:
         """False where copies are left for later: another job may have this one's place until then."""
+        if not record.copies:
+            raise Refused("no destination is known for it; discard it, or back its disks up by hand first")
         record = await self._send.resume(record)
         due = [
             copy for copy in record.copies
@@ -144,7 +146,7 @@ class Backup:
             raise Refused("parts of the disks could not be read and were sent as zeros; the originals are kept")
         method_named(record.scrub_method, self._scrub_methods)
         named = await self._workers.blocking(partial(self._check_files, record))
-        if len(named) == len(record.files):
+        if len(named) == len(record.files) or record.verdict is not VerdictKind.TERMINATED:
             await self._keep(record)
         else:
             await self._jobs.move(record.job, JobEvent.SCRUB_BEGUN)
@@ -205,19 +207,26 @@ class Backup:
         """Verified, not scrubbed: our names go, Nova's stay."""
         left = await self._workers.blocking(partial(self._names_left, record))
         names = tuple(dict.fromkeys((*record.still_named, *left)))
+        why = why_not_scrubbed(replace(record, still_named=names))
         record = await self._jobs.move(
-            record.job, JobEvent.STILL_NAMED, still_named=names, failure_count=0,
-            last_error=f"verified, not scrubbed: still named {', '.join(names)}",
+            record.job, JobEvent.NOT_TO_BE_SCRUBBED, still_named=names, failure_count=0,
+            last_error=f"verified, not scrubbed: {why}",
         )  # fmt: skip
         self._metrics.scrubs.labels(outcome="kept").inc()
-        _log.warning("job.kept", job=record.job, instance=record.instance, names=list(names),
-                     consequence="sealed and proven, but the host still has the disk; remove the names")  # fmt: skip
+        if names:
+            _log.warning("job.kept", job=record.job, instance=record.instance, names=list(names),
+                         consequence="sealed and proven, but the host still has it; remove the names")  # fmt: skip
+        else:
+            _log.info("job.kept", job=record.job, instance=record.instance, reason=why)
 
     def _names_left(self, record: JobRecord) -> list[str]:
-        folder = self._spool.job_folder(record.job)
-        return [
-            self._name_of(record, held) for held in record.files if os.path.lexists(os.path.join(folder, held.link))
-        ]
+        """What others call the files that are still here."""
+        left = []
+        for held in record.files:
+            path = os.path.join(self._spool.job_folder(record.job), held.link)
+            if os.path.lexists(path) and os.lstat(path).st_nlink > 1:
+                left.append(self._name_of(record, held))
+        return left
 
     async def _look_at_kept(self, record: JobRecord) -> None:
         for held in record.files:

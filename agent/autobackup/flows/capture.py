@@ -9,31 +9,39 @@ inode and the folders, learns what a live domain tells (its XML is gone after th
 
 import asyncio
 import contextlib
+import enum
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 from autobackup import logs
-from autobackup.config import CaptureSection, RequestSection, Rule
-from autobackup.errors import AutobackupError, Damaged, DiskBusy, SpoolUnavailable
+from autobackup.config import CaptureSection
+from autobackup.errors import AutobackupError, Damaged, Refused, SpoolUnavailable
+from autobackup.flows.evidence import Evidence
+from autobackup.flows.inquiry import Inquiry
 from autobackup.flows.jobs import Jobs
 from autobackup.flows.learn import Learn
-from autobackup.flows.queueing import new_job
+from autobackup.flows.queueing import kind_of, new_job
 from autobackup.flows.workers import Workers
 from autobackup.host.claims import Claim, Claims
-from autobackup.host.disks import HeldDisk
-from autobackup.host.domain_xml import is_novas
 from autobackup.host.libvirt_events import DomainEvent, LibvirtLink
 from autobackup.host.spool import Spool
 from autobackup.metrics import Metrics
-from autobackup.model import InstanceId, InstanceRecord, VerdictKind
+from autobackup.model import InstanceId, InstanceRecord, JobState, VerdictKind
 from autobackup.rules import policy
-from autobackup.rules.lifecycle import JobEvent
-from autobackup.rules.termination import Domain, Facts, Lease, Place, Verdict, decide
+from autobackup.rules.policy import Rulebook
+from autobackup.rules.termination import Domain, Facts, Place, Verdict, decide, ordered
 
 _log = logs.get("flows.capture")
 _FIRST_LOOK_AGAIN_S = 1.0
+
+
+class Order(enum.StrEnum):
+    """What an operator may say of a candidate that nobody else can decide."""
+
+    TAKE = "take"  # sealed and proven as if terminated, but never overwritten: nobody has said that it was
+    LET_GO = "let-go"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -45,6 +53,23 @@ class _Seen:
     undecided_since_s: float | None = None
     looks: int = 0
     reason: str = ""
+    word_since_s: float = 0.0  # monotonic: an older word of Nova's is none
+    asked_for_owner_s: float = 0.0  # monotonic: when its owner's words were last asked for
+    order: Order | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Fate:
+    """What becomes of one root disk, before anything is done about it."""
+
+    root: Claim
+    files: tuple[Claim, ...]  # *root*, and what goes with it
+    record: InstanceRecord
+    facts: Facts
+    verdict: Verdict
+    plan: policy.Plan | None
+    is_wanted: bool
+    waits: bool
 
 
 class Capture:
@@ -63,10 +88,10 @@ class Capture:
         link: LibvirtLink,
         jobs: Jobs,
         learn: Learn,
-        rules: Sequence[Rule],
-        requests: RequestSection,
+        book: Rulebook,
+        inquiry: Inquiry | None,
         settings: CaptureSection,
-        verdict_despite_nova: bool,
+        evidence: Evidence,
         workers: Workers,
         metrics: Metrics,
         claim_now: Callable[[str, str], None],
@@ -78,10 +103,10 @@ class Capture:
         self._link = link
         self._jobs = jobs
         self._learn = learn
-        self._rules = rules
-        self._requests = requests
+        self._book = book
+        self._inquiry = inquiry
         self._settings = settings
-        self._verdict_despite_nova = verdict_despite_nova
+        self._evidence = evidence
         self._workers = workers
         self._metrics = metrics
         self._claim_now = claim_now
@@ -140,6 +165,15 @@ class Capture:
             if seen.undecided_since_s is not None
         ]
 
+    def order(self, instance: InstanceId, order: Order) -> None:
+        """Decide what waits undecided, at the next look. `Refused` if it does not."""
+        seen = self._seen.get(instance)
+        if seen is None or seen.undecided_since_s is None:
+            raise Refused(f"instance {instance} does not wait undecided; autobackup queue shows what does")
+        _log.warning("verdict.ordered", instance=instance, order=order, was=seen.reason)
+        seen.order = order
+        self._note(instance, is_change=False)
+
     def _in_loop(self, call: Callable[[], None]) -> None:
         """The one place where other threads enter the loop."""
         with contextlib.suppress(RuntimeError):  # the loop has ended; the spool knows all that matters
@@ -174,27 +208,75 @@ class Capture:
             # files still named belong to an instance that is being built, or whose root disk cannot be linked
             gone = [claim for claim in claims if self._claims.link_count(claim) == 1]
             await self._let_go(gone, "no root disk was held, and it is gone")
-        waiting: list[Verdict] = []
-        for root in roots:
-            facts = await self._workers.blocking(partial(self._facts, root, roots, record, answer.domain, seen))
-            plan = policy.plan(record, self._rules, self._requests)
-            verdict = decide(facts)
-            if verdict.kind is VerdictKind.ALIVE:
-                await self._release_replaced(facts, claims)
-            elif plan is None:
-                if facts.link_count == 1 and facts.domain is not Domain.UNKNOWN:
-                    await self._release(root, claims, "no rule wants it")
-            elif verdict.kind is VerdictKind.UNDECIDED:
-                waiting.append(verdict)
-            else:
-                await self._settle(root, claims, record, verdict, plan)
+        # what is done with one disk changes what the others look like: all are judged first
+        fates = [await self._fate(root, claims, record, answer.domain, seen) for root in roots]
+        waiting = [fate.verdict for fate in fates if await self._waits(fate)]
+        if roots and answer.domain is Domain.ACTIVE:
+            self._ask_for_owner(record, seen)
         if waiting:
-            self._look_again(instance, seen, waiting[0].reason, waiting[0].look_again_s)
+            first = waiting[0]
+            self._look_again(instance, seen, first.reason, first.look_again_s, asks_nova=first.asks_nova)
         else:
-            seen.undecided_since_s, seen.looks, seen.reason = None, 0, ""
+            seen.undecided_since_s, seen.looks, seen.reason, seen.order = None, 0, "", None
         if not await self._held(instance):
             self._seen.pop(instance, None)
+            if self._inquiry is not None:
+                self._inquiry.forget(instance)
             await self._learn.forget(instance)
+
+    async def _fate(
+        self, root: Claim, claims: Sequence[Claim], record: InstanceRecord, domain: Domain, seen: _Seen
+    ) -> _Fate:
+        """What becomes of one root disk. Does nothing yet, but for a question to Nova."""
+        quiet_s, roots = time.monotonic() - seen.changed_at_s, [claim for claim in claims if claim.is_root]
+        files = await self._workers.blocking(partial(self._evidence.of_one_fate, root, claims, record))
+        facts = await self._workers.blocking(
+            partial(self._evidence.facts, root, roots, record, domain, quiet_s=quiet_s)
+        )
+        disk_bytes = self._claims.occupied_bytes(root)
+        is_wanted = policy.may_be_wanted(record, self._book, disk_bytes=disk_bytes)
+        verdict, plan = decide(facts), None
+        if verdict.asks_nova and is_wanted and self._inquiry is not None:
+            word = self._inquiry.word(root.instance, since_s=max(seen.changed_at_s, seen.word_since_s))
+            verdict = decide(replace(facts, nova=word))
+        if verdict.kind is VerdictKind.UNDECIDED and seen.order is not None:
+            verdict = ordered(facts, verdict, take=seen.order is Order.TAKE)
+        if verdict.occasion is not None:
+            plan = policy.plan(record, self._book, occasion=verdict.occasion, disk_bytes=disk_bytes)
+        waits = verdict.kind is VerdictKind.UNDECIDED and plan is None and seen.order is not Order.LET_GO
+        if plan is not None and not plan.settled:
+            waits, reason = True, f"{verdict.reason}; the project that its owner names has not been asked yet"
+            verdict = Verdict(kind=VerdictKind.UNDECIDED, reason=reason)
+            if self._inquiry is not None:
+                self._inquiry.refresh_soon()
+        return _Fate(
+            root=root, files=files, record=record, facts=facts, is_wanted=is_wanted, verdict=verdict, plan=plan,
+            waits=waits,
+        )  # fmt: skip
+
+    async def _waits(self, fate: _Fate) -> bool:
+        """Do what follows from a verdict; True where it is to be waited for."""
+        held = await self._held(fate.root.instance)  # as they are after what was done with another root disk
+        files = [claim for claim in fate.files if claim in held]
+        if fate.root not in files:
+            return False  # somebody removed it from the spool meanwhile
+        if fate.verdict.kind is VerdictKind.ALIVE:
+            await self._release_replaced(fate.facts, held)
+        elif not fate.is_wanted:
+            if fate.facts.link_count == 1 and fate.facts.domain is not Domain.UNKNOWN:
+                await self._let_go(files, "no rule wants it")
+        elif fate.waits:
+            return True
+        else:
+            await self._settle(fate, files)
+        return False
+
+    def _ask_for_owner(self, record: InstanceRecord, seen: _Seen) -> None:
+        """What its owner says of it must be known before it dies."""
+        is_unheard = record.server.properties is None and seen.asked_for_owner_s < seen.changed_at_s
+        if self._inquiry is not None and is_unheard:
+            seen.asked_for_owner_s = time.monotonic()
+            self._inquiry.refresh_soon()
 
     async def _held(self, instance: InstanceId) -> list[Claim]:
         """The claims of *instance* that no job owns; one that somebody removed from the spool is forgotten."""
@@ -207,84 +289,56 @@ class Capture:
                 await self._workers.blocking(partial(self._claims.release, claim))
         return [claim for claim in self._claims.of(instance) if not self._spool.is_held_by_job(claim.inode)]
 
-    def _facts(self, root: Claim, roots: Sequence[Claim], record: InstanceRecord, domain: Domain, seen: _Seen) -> Facts:
-        places = {claim.inode: self._claims.place(claim) for claim in roots}
-        here = places[root.inode]
-        was_resized = root.inode in record.resized_inodes
-        return Facts(
-            domain=domain,
-            link_count=self._claims.link_count(root),
-            named_at=here,
-            last_named_at=here if here is not Place.NOWHERE else Place.RESIZE if was_resized else Place.INSTANCE,
-            other_root_disk=any(place is Place.INSTANCE for inode, place in places.items() if inode != root.inode),
-            migrated_away=record.migrated_away,
-            lease=self._lease(root),
-            quiet_s=time.monotonic() - seen.changed_at_s,
-            quiet_required_s=self._settings.quiet_period_s,
-            leaked_after_s=self._settings.leaked_after_s,
-            undefined_is_released=self._settings.undefined_is_released,
-            cloud_is_silent=is_novas(record.domain_xml) and not self._verdict_despite_nova,
-        )
-
-    def _lease(self, root: Claim) -> Lease:
-        try:
-            with HeldDisk(self._claims.path(root)) as disk:
-                disk.require_idle()
-        except DiskBusy:
-            return Lease.BUSY
-        except (OSError, AutobackupError):
-            return Lease.NOT_TRIED
-        return Lease.GRANTED
-
-    def _look_again(self, instance: InstanceId, seen: _Seen, reason: str, soon_s: float | None) -> None:
+    def _look_again(
+        self, instance: InstanceId, seen: _Seen, reason: str, soon_s: float | None, *, asks_nova: bool = False
+    ) -> None:
         now_s = time.monotonic()
+        if asks_nova and seen.reason:
+            reason = seen.reason  # until the newer word is there, the older one's
         if reason != seen.reason:
             _log.info("verdict.waits", instance=instance, reason=reason)
         if seen.undecided_since_s is None:
             seen.undecided_since_s = now_s
         seen.looks += 1
         seen.reason = reason
+        if soon_s is None and not asks_nova:
+            seen.word_since_s = now_s  # what Nova said is used up: the next look asks anew
         back_off_s = min(self._settings.undecided_longest_s, _FIRST_LOOK_AGAIN_S * 2.0 ** min(seen.looks, 16))
         seen.look_at_s = min(seen.look_at_s, now_s + (soon_s if soon_s is not None else back_off_s))
 
     # ---- consequences -----------------------------------------------------------------------------------
 
-    async def _settle(
-        self, root: Claim, claims: Sequence[Claim], record: InstanceRecord, verdict: Verdict, plan: policy.Plan
-    ) -> None:
-        """A verdict that ends the waiting: a job, or our link goes because the disk was replaced or lives elsewhere."""
+    async def _settle(self, fate: _Fate, files: Sequence[Claim]) -> None:
+        """A verdict that ends the waiting: a job, or our links go, since no rule wants the disk on this occasion."""
+        root, verdict = fate.root, fate.verdict
         self._metrics.verdicts.labels(verdict=verdict.kind.value).inc()
         _log.info(
             "verdict.reached", instance=root.instance, inode=root.inode, verdict=verdict.kind, reason=verdict.reason
         )
-        if verdict.kind is VerdictKind.TERMINATED:
-            await self._queue(record, root, claims, verdict, plan)
+        if fate.plan is not None:
+            await self._queue(fate.record, files, verdict, fate.plan)
         else:
-            await self._release(root, claims, verdict.reason)
+            await self._let_go(files, verdict.reason)
 
-    async def _queue(
-        self, record: InstanceRecord, root: Claim, claims: Sequence[Claim], verdict: Verdict, plan: policy.Plan
-    ) -> None:
-        with_root = await self._workers.blocking(partial(self._same_fate, root, claims))
+    async def _queue(self, record: InstanceRecord, files: Sequence[Claim], verdict: Verdict, plan: policy.Plan) -> None:
+        # until an operator has decided, nothing is let go
+        wanted = [one for one in files if not plan.certain or kind_of(one.disk) in (None, *plan.disks)]
         try:
             job = await self._workers.blocking(
-                partial(
-                    new_job, record, with_root, self._claims, verdict, plan, self._spool.instances_path, self._clock()
-                )
+                partial(new_job, record, wanted, self._claims, verdict, plan, self._spool.instances_path, self._clock())
             )
         except Damaged as exc:
-            raise SpoolUnavailable(f"{root.name}: {exc}; looked at again") from exc
+            raise SpoolUnavailable(f"{files[0].name}: {exc}; looked at again") from exc
         job = replace(job, not_captured={**job.not_captured, **self._learn.not_captured(record.instance)})
+        if not plan.certain:
+            reason = f"it cannot be told whether it is wanted: {plan.missing}"
+            job = replace(job, state=JobState.PARKED, last_error=reason)
         await self._jobs.create(job)
         _log.info("job.queued", job=job.job, instance=job.instance, rule=plan.rule, files=[f.link for f in job.files])
+        await self._let_go([claim for claim in files if claim not in wanted], f"rule {plan.rule!r} leaves it out")
         if not plan.certain:
-            reason = f"nothing is known of this instance, so it cannot be told whether rule {plan.rule!r} wants it"
-            await self._jobs.move(job.job, JobEvent.GAVE_UP, last_error=reason)
-            _log.error("job.parked", job=job.job, instance=job.instance, error=reason)
+            _log.error("job.parked", job=job.job, instance=job.instance, error=job.last_error)
         self._on_queued()
-
-    async def _release(self, root: Claim, claims: Sequence[Claim], reason: str) -> None:
-        await self._let_go(await self._workers.blocking(partial(self._same_fate, root, claims)), reason)
 
     async def _release_replaced(self, facts: Facts, claims: Sequence[Claim]) -> None:
         """
@@ -298,12 +352,8 @@ class Capture:
 
     async def _let_go(self, claims: Sequence[Claim], reason: str) -> None:
         for claim in claims:
+            if self._spool.is_held_by_job(claim.inode):
+                continue  # it is the job's, whatever an older list says
             await self._workers.blocking(partial(self._claims.release, claim))  # frees the blocks of a large disk
             _log.info("claim.released", instance=claim.instance, disk=claim.disk, inode=claim.inode, reason=reason)
         self._metrics.claims.set(self._claims.count())
-
-    def _same_fate(self, root: Claim, claims: Sequence[Claim]) -> list[Claim]:
-        """*root* first, and the other files of the instance that are named where it is, or nowhere any more."""
-        here = self._claims.place(root)
-        others = [claim for claim in claims if not claim.is_root]
-        return [root, *(c for c in others if self._claims.place(c) in (here, Place.NOWHERE))]

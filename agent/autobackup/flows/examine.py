@@ -1,11 +1,13 @@
 """
-Would a destination take a backup now? Asked of it, with everything that a backup will ask, but for the upload.
+Would a destination take a backup now, and would Nova say what became of a server? Asked of them, with everything that
+a backup will ask, but for the upload.
 """
 
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from autobackup.cloud.nova import Nova
 from autobackup.errors import AutobackupError
 from autobackup.model import AttemptId
 from autobackup.stores import OpenDestination
@@ -13,7 +15,7 @@ from autobackup.stores import OpenDestination
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """What was found out about one destination. *result*: ok, weak or unusable."""
+    """What was found out about one destination, or about Nova. *result*: ok, weak or unusable."""
 
     destination: str
     where: str
@@ -41,6 +43,23 @@ async def _examine(place: OpenDestination) -> Finding:
         return Finding(destination=place.destination.name, where=where, result="unusable", remedy=words)
     weak = _weakness(place)
     return Finding(destination=place.destination.name, where=where, result="weak" if weak else "ok", remedy=weak)
+
+
+async def examine_nova(nova: Nova) -> Finding:
+    """Would Nova tell us what became of a server of this host?"""
+    result, remedy = "ok", ""
+    try:
+        servers = await nova.living()
+        if await nova.is_admins():
+            result, remedy = (
+                "weak",
+                "asked as an admin; a role of its own is enough: packaging/openstack/nova-policy.yaml",
+            )
+        elif not servers:
+            remedy = f"it knows no server on host {nova.host!r}; if some run here, nova.host is not what Nova calls it"
+    except AutobackupError as exc:
+        result, remedy = "unusable", str(exc).removeprefix(f"{nova.place}: ")
+    return Finding(destination="(verdicts)", where=f"{nova.place}, host {nova.host!r}", result=result, remedy=remedy)
 
 
 def _where(place: OpenDestination) -> str:

@@ -78,7 +78,15 @@ def gather(job: JobRecord, spool: Spool, host: str, open_disks: ExitStack, *, fi
             *(entry for entry, _ in files),
         ),
         not_captured=tuple(NotCaptured(what=what, why=why) for what, why in sorted(missing.items())),
-        facts={"libvirt_name": job.source.libvirt_name, "owner_project": job.source.owner_project, "rule": job.rule},
+        facts={
+            "libvirt_name": job.source.libvirt_name,
+            "owner_project": job.source.owner_project,
+            "owner_user": job.source.server.user,
+            "flavor": job.source.server.flavor,
+            "image": job.source.server.image,
+            "rule": job.rule,
+            "occasion": job.occasion,
+        },
     )
     members = [
         *((Member(name=DOMAIN_XML, data=xml),) if xml else ()),

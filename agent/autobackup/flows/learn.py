@@ -5,6 +5,7 @@ A look-up of a living domain is merged into its record, its backing files are li
 where that is possible; where it is not, the reason goes into the manifest. Records are written when they change.
 """
 
+import asyncio
 import errno
 import os
 import time
@@ -18,11 +19,11 @@ from autobackup.flows.jobs import Jobs
 from autobackup.flows.queueing import chain_by_header
 from autobackup.flows.workers import Workers
 from autobackup.host.claims import Claims
-from autobackup.host.domain_xml import merge, read_domain
+from autobackup.host.domain_xml import merge, merge_server, read_domain
 from autobackup.host.libvirt_events import DomainAnswer
 from autobackup.host.spool import Spool
-from autobackup.model import DiskSource, InstanceId, InstanceRecord, Request
-from autobackup.rules.termination import Place
+from autobackup.model import DiskSource, InstanceId, InstanceRecord, Request, ServerRecord
+from autobackup.rules.termination import Domain, Place
 
 _log = logs.get("flows.learn")
 _WHY = {
@@ -53,13 +54,12 @@ class Learn:
         self._swtpm_path = swtpm_path
         self._clock = clock
         self._records: dict[InstanceId, InstanceRecord] = {}
-        self._requests: dict[InstanceId, Request] = {}
         self._missing: dict[InstanceId, dict[str, str]] = {}
         self._unwritten: set[InstanceId] = set()
+        self._changing = asyncio.Lock()  # libvirt, Nova and owners all tell of the same record
 
     def load(self) -> None:
         self._records = {record.instance: record for record in self._spool.load_instances()}
-        self._requests = {one.instance: one.request for one in self._records.values() if one.request is not None}
 
     async def sweep(self) -> None:
         """What a crash left behind. Not while a disk is held of which, and so of whose bases, nothing is known yet."""
@@ -82,21 +82,45 @@ class Learn:
 
         A domain whose root disk is not held here is none of ours: nothing of it is kept.
         """
-        if not any(claim.is_root for claim in self._claims.of(instance)):
+        if not self.holds(instance):
             return self.known(instance)
-        known = self._records.get(instance)
-        record = known or InstanceRecord(instance=instance)
-        if answer.xml:
-            try:
-                record = merge(known, read_domain(answer.xml))
-            except Damaged as exc:
-                _log.warning("domain.unreadable", instance=instance, error=str(exc))
-            record = replace(record, migrated_away=False)  # it is here
-        record = await self._workers.blocking(partial(self._from_host, record))
-        is_news = record != known and (answer.xml or known is not None or record.resized_inodes)
-        if is_news or instance in self._unwritten:
-            await self._keep(record)
-        return record
+        async with self._changing:
+            known = self._records.get(instance)
+            record = known or InstanceRecord(instance=instance)
+            if answer.xml:
+                try:
+                    record = merge(known, read_domain(answer.xml))
+                except Damaged as exc:
+                    _log.warning("domain.unreadable", instance=instance, error=str(exc))
+                record = replace(record, migrated_away=False)  # it is here
+            has_domain = answer.domain in (Domain.ACTIVE, Domain.INACTIVE)
+            record = await self._workers.blocking(partial(self._from_host, record, has_domain=has_domain))
+            is_news = record != known and (answer.xml or known is not None or record.resized_inodes)
+            if is_news or instance in self._unwritten:
+                await self._keep(record)
+            return record
+
+    async def from_server(
+        self,
+        instance: InstanceId,
+        told: ServerRecord,
+        *,
+        project: str,
+        amend: Callable[[InstanceRecord], InstanceRecord],
+    ) -> None:
+        """Merge what OpenStack told of a server; *amend* adds, in the same write, what follows from it."""
+        async with self._changing:
+            known = self.known(instance)
+            record = replace(
+                known, server=merge_server(known.server, told), owner_project=project or known.owner_project
+            )
+            record = amend(record)
+            if record != known and self.holds(instance):
+                await self._keep(record)
+
+    def holds(self, instance: InstanceId) -> bool:
+        """Whether a root disk of *instance* is held here."""
+        return any(claim.is_root for claim in self._claims.of(instance))
 
     def migrated_away(self, instance: InstanceId) -> None:
         """libvirt says that the domain left for another host."""
@@ -104,56 +128,83 @@ class Learn:
         self._unwritten.add(instance)
 
     def request(self, instance: InstanceId) -> Request | None:
-        return self._requests.get(instance)
+        return self.known(instance).request
 
     async def set_request(self, instance: InstanceId, request: Request | None) -> None:
         """Keep the owner's wish for as long as the instance lives. `Refused` if no disk of it is held here."""
-        if not any(claim.is_root for claim in self._claims.of(instance)):
+        if not self.holds(instance):
             raise Refused(f"no disk of instance {instance} is held on this host")
-        if request is None:
-            self._requests.pop(instance, None)
-        else:
-            self._requests[instance] = request
-        await self._keep(self.known(instance))
+        async with self._changing:
+            await self._keep(replace(self.known(instance), request=request))
+
+    async def change_request(self, instance: InstanceId, known: Request, new: Request) -> bool:
+        """Keep *new* where *known* still is: its owner may have said something else meanwhile, or it may be gone."""
+        async with self._changing:
+            record = self.known(instance)
+            if record.request != known or not self.holds(instance):
+                return False
+            await self._keep(replace(record, request=new))
+            return True
 
     async def forget(self, instance: InstanceId) -> None:
         """The instance is gone, and with it the last reason for its record and perhaps for its bases."""
         self._missing.pop(instance, None)
-        self._requests.pop(instance, None)
         if self._records.pop(instance, None) is not None:
             await self._workers.blocking(partial(self._spool.forget_instance, instance))
         await self.release_bases()
 
     async def release_bases(self) -> None:
         """Let go of every backing file that no instance and no job stands on."""
-        chains = [link for record in self._records.values() for disk in record.disks for link in disk.chain]
-        chains += [link for job in self._jobs.all() for link in job.bases]
-        await self._workers.blocking(partial(self._spool.bases.release_all_but, chains))
+        async with self._changing:  # not while one is held for a record that is not there yet
+            chains = [link for record in self._records.values() for disk in record.disks for link in disk.chain]
+            chains += [link for job in self._jobs.all() for link in job.bases]
+            await self._workers.blocking(partial(self._spool.bases.release_all_but, chains))
 
     async def _keep(self, record: InstanceRecord) -> None:
-        # the wish as it is now: it may have come while libvirt was asked
-        record = replace(record, request=self._requests.get(record.instance), updated_at_s=self._clock())
+        record = replace(record, updated_at_s=self._clock())
         await self._spool.write_instance(record)
         self._records[record.instance] = record
         self._unwritten.discard(record.instance)
 
     # ---- in a worker ------------------------------------------------------------------------------------
 
-    def _from_host(self, record: InstanceRecord) -> InstanceRecord:
-        claims = self._claims.of(record.instance)
-        resized = {c.inode for c in claims if c.is_root and self._claims.place(c) is Place.RESIZE}
-        returned = {c.inode for c in claims if c.is_root and self._claims.place(c) is Place.INSTANCE}
-        record = replace(
-            record,
-            resized_inodes=tuple(sorted((set(record.resized_inodes) | resized) - returned)),
-            disks=tuple(self._with_chain(record, disk) for disk in record.disks),
-        )
+    def _from_host(self, record: InstanceRecord, *, has_domain: bool) -> InstanceRecord:
+        record = self._with_inodes(record, has_domain=has_domain)
+        record = replace(record, disks=tuple(self._with_chain(record, disk) for disk in record.disks))
         for disk in record.disks:
             for link in disk.chain:
                 if not self._spool.bases.hold(link.path):
                     _log.debug("base.not_held", instance=record.instance, base=link.path)
         self._hold_firmware(record)
         return record
+
+    def _with_inodes(self, record: InstanceRecord, *, has_domain: bool) -> InstanceRecord:
+        """Which of the files that are held are the domain's now, and what became of the others."""
+        places = {claim: self._claims.place(claim) for claim in self._claims.of(record.instance)}
+        roots = {claim.inode: place for claim, place in places.items() if claim.is_root}
+        others = {claim.inode for claim, place in places.items() if not claim.is_root and place is Place.INSTANCE}
+        resized = {*record.resized_inodes, *(inode for inode, place in roots.items() if place is Place.RESIZE)}
+        named = {inode for inode, place in roots.items() if place is Place.INSTANCE}
+        root, reverted = record.root_inode, set(record.reverted_inodes)
+        companions, outlived = set(record.companion_inodes), set(record.outlived_inodes)
+        if has_domain and len(named) == 1:
+            if root not in named:
+                outlived |= companions
+                if named <= resized:
+                    reverted.add(root)  # an older one came back: a resize was undone
+                companions = set()
+            [root] = named
+            companions |= others
+            outlived -= others
+        held = {claim.inode for claim in places}
+        return replace(
+            record,
+            root_inode=root,
+            resized_inodes=tuple(sorted(resized & held - {root} if root in named else resized & held)),
+            reverted_inodes=tuple(sorted(reverted & held - {root})),
+            companion_inodes=tuple(sorted(companions & held)),
+            outlived_inodes=tuple(sorted(outlived & held)),
+        )
 
     def _with_chain(self, record: InstanceRecord, disk: DiskSource) -> DiskSource:
         """A stopped domain's XML has no chain: then, and only then, the overlay's header is asked."""

@@ -9,8 +9,8 @@ from typing import Final
 
 from aiolimiter import AsyncLimiter
 
-from autobackup.config import Destination
 from autobackup.stores import Body, Chunk
+from autobackup.terms import Destination
 from autobackup.units import KiB
 
 _LARGEST_PIECE_BYTES: Final = 256 * KiB

@@ -7,21 +7,24 @@ before one is needed, and what this host began there and never ended.
 
 import asyncio
 import random
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Final
 
 from autobackup import logs
-from autobackup.config import Destination
 from autobackup.errors import AutobackupError, Refused
 from autobackup.flows.jobs import Jobs
 from autobackup.host.spool import Spool
 from autobackup.metrics import Metrics
 from autobackup.model import AttemptId, CopyRecord, DestinationName, Request
-from autobackup.rules.policy import requested_destination
+from autobackup.rules.policy import requested_destination, terms_of
 from autobackup.stores import OpenDestination
+from autobackup.terms import Destination
 
 _log = logs.get("flows.places")
 _LOOK_EVERY_S: Final = 600.0
+_MOST_REQUESTED: Final = 64  # sessions that are kept open for owners' requests: which there are is theirs to say
 
 
 class Places:
@@ -30,20 +33,25 @@ class Places:
     def __init__(self, destinations: Sequence[Destination], opened: Callable[[Destination], OpenDestination]) -> None:
         self._opened = opened
         self._open = {DestinationName(one.name): opened(one) for one in destinations}
-        self._requested: dict[Destination, OpenDestination] = {}
+        self._requested: OrderedDict[Destination, OpenDestination] = OrderedDict()
 
     def of(self, copy: CopyRecord) -> OpenDestination:
         """Where *copy* goes; `Refused` if that is no longer in the configuration."""
         if copy.request is not None:
             return self.requested(DestinationName(copy.destination.rpartition(".")[0]), copy.request)
-        return self._named(copy.destination)
+        place = self._named(copy.destination)
+        return replace(place, destination=terms_of(place.destination, copy.retention_s))
 
     def requested(self, template: DestinationName, request: Request) -> OpenDestination:
         """Where *request* wants it, on the terms of the destination *template*."""
         destination = requested_destination(self._named(template).destination, request)
-        if destination not in self._requested:
-            self._requested[destination] = self._opened(destination)
-        return self._requested[destination]
+        opened = replace(destination, retention_s=None)  # how long it is kept is no matter of its store's
+        if opened not in self._requested:
+            self._requested[opened] = self._opened(opened)
+        self._requested.move_to_end(opened)
+        while len(self._requested) > _MOST_REQUESTED:
+            self._requested.popitem(last=False)
+        return replace(self._requested[opened], destination=destination)
 
     def _named(self, name: DestinationName) -> OpenDestination:
         try:

@@ -11,14 +11,17 @@ from autobackup.host import qcow2
 from autobackup.host.claims import Claim, Claims
 from autobackup.host.disks import HeldDisk
 from autobackup.model import (
+    ROOT_DISK,
     ChainLink,
     CopyRecord,
+    DiskKind,
     DiskSource,
     HeldFile,
     InstanceRecord,
     JobId,
     JobRecord,
     JobState,
+    Occasion,
 )
 from autobackup.rules.policy import Plan
 from autobackup.rules.termination import Verdict
@@ -42,22 +45,31 @@ def new_job(
         state=JobState.QUEUED,
         verdict=verdict.kind,
         verdict_reason=verdict.reason,
+        occasion=verdict.occasion or Occasion.TERMINATE,
         rule=plan.rule,
         scrub_method=plan.scrub_method,
         created_at_s=now_s,
         updated_at_s=now_s,
         source=record,
         files=files,
-        copies=_copies(plan),
+        copies=tuple(
+            CopyRecord(destination=copy.destination, request=copy.request, retention_s=copy.retention_s)
+            for copy in plan.copies
+        ),
         not_captured=_unknown_formats(files),
     )
 
 
-def _copies(plan: Plan) -> tuple[CopyRecord, ...]:
-    by_rule = tuple(CopyRecord(destination=name) for name in plan.destinations)
-    if plan.requested is None or plan.requested_name is None:
-        return by_rule
-    return (*by_rule, CopyRecord(destination=plan.requested_name, request=plan.requested))
+def kind_of(disk: str) -> DiskKind | None:
+    """What a rule calls a file of an instance; None: what comes with any of them."""
+    name = disk.removeprefix("disk.")
+    if name == "swap":
+        return DiskKind.SWAP
+    if name == "config":
+        return DiskKind.CONFIG_DRIVE
+    if name == "local" or name.startswith("eph"):
+        return DiskKind.EPHEMERAL
+    return DiskKind.ROOT if disk == ROOT_DISK else None
 
 
 def chain_by_header(fd: int, format_name: str, instances_path: str) -> tuple[ChainLink, ...]:

@@ -23,6 +23,7 @@ def receipt(job: JobRecord) -> bytes:
                 "outcome": _outcome(job),
                 "verdict": job.verdict,
                 "verdict_reason": job.verdict_reason,
+                "occasion": job.occasion,
                 "rule": job.rule,
                 "terminated_at_s": job.created_at_s,
                 "finished_at_s": job.updated_at_s,
@@ -62,12 +63,19 @@ def receipt(job: JobRecord) -> bytes:
     )
 
 
+def why_not_scrubbed(job: JobRecord) -> str:
+    """Why the disks of a job that is kept are not overwritten: only a terminated instance's are (invariant 2)."""
+    if job.still_named:
+        return f"still named {', '.join(job.still_named)}"
+    return f"its verdict is {job.verdict}; unlinked, as Nova had done"
+
+
 def _outcome(job: JobRecord) -> str:
     match job.state:
         case JobState.SCRUBBED:
             return f"verified in {_where(job)}, then scrubbed ({job.scrub_method})"
         case JobState.KEPT:
-            return f"verified, not scrubbed: still named {', '.join(job.still_named)}"
+            return f"verified, not scrubbed: {why_not_scrubbed(job)}"
         case JobState.DISCARDED:
             return f"discarded by an operator; {job.last_error or 'it was never verified'}"
         case _:

@@ -1,17 +1,21 @@
 """
-The local HTTP socket: health, queue, metrics, and the two orders that an operator may give a job.
+The local HTTP socket: health, queue, metrics, owners' requests, and the orders that an operator may give.
 
     GET  /healthz                       200 while the loop turns; says what is degraded
     GET  /readyz                        200 once claims are held and libvirt answered, 503 before
     GET  /metrics                       Prometheus text
     GET  /v1/status                     one object for the CLI
     GET  /v1/queue                      jobs, and candidates that are not decided yet
+    GET  /v1/instances                  what is known of those that are held; the disks' bytes; which rulebook
     POST /v1/queue/{job}/retry          try again now
     POST /v1/queue/{job}/discard        let the last state go; needs {"confirm": "<job>"}
                                         with {"destination": "<name>"}, only that copy
+    POST /v1/instances/{uuid}/take      seal what waits undecided, and never overwrite it; needs {"confirm": "<uuid>"}
+    POST /v1/instances/{uuid}/let-go    let what waits undecided go; needs {"confirm": "<uuid>"}
     GET, POST, DELETE /v1/instances/{uuid}/terminate_backup
                                         the owner's request: {"enabled": true, "store_project": "<id>",
-                                        "store_user": "<id>", "retention": "30d"}
+                                        "store_user": "<id>", "retention": "30d"}; with "enabled": false, that
+                                        a rule which may be declined is
 
 Access is the socket's mode: root, and the group that the configuration names. Errors are {"error": "..."}.
 """
@@ -29,19 +33,19 @@ from typing import Any, Final, Protocol, TypeAlias
 from aiohttp import web
 
 from autobackup.errors import ConfigError, Refused, Transient
+from autobackup.flows.capture import Order
 from autobackup.flows.jobs import Jobs
 from autobackup.flows.requests import Requests
 from autobackup.metrics import Metrics
 from autobackup.model import DestinationName, InstanceId, JobId, JobRecord, Request
-from autobackup.units import parse_duration_s
+from autobackup.rules.wishes import retention_of
 
 _SHUTDOWN_S: Final = 2.0
 _REQUEST: Final = "/v1/instances/{uuid}/terminate_backup"
-_LONGEST_RETENTION_S: Final = 36525 * 86400.0  # as in the configuration
 _REQUEST_KEYS: Final = frozenset({"enabled", "store_project", "store_user", "retention"})
 
 
-Order: TypeAlias = Callable[[JobId, Callable[[JobId], Awaitable[JobRecord]]], Awaitable[JobRecord]]
+JobOrder: TypeAlias = Callable[[JobId, Callable[[JobId], Awaitable[JobRecord]]], Awaitable[JobRecord]]
 """Lets an order act on a job, when nobody works on it: `flows.runner.Runner.order`."""
 
 
@@ -56,6 +60,10 @@ class Health(Protocol):
 
     def status(self) -> dict[str, object]: ...
 
+    def instances(self) -> dict[str, object]: ...
+
+    def order(self, instance: InstanceId, order: Order) -> None: ...
+
 
 class Api:
     """Serves one unix socket. Build it, then `run`."""
@@ -69,7 +77,7 @@ class Api:
         requests: Requests,
         metrics: Metrics,
         health: Health,
-        order: Order,
+        order: JobOrder,
     ) -> None:
         self._path = path
         self._group = group
@@ -88,8 +96,10 @@ class Api:
             web.get("/metrics", self._metrics_text),
             web.get("/v1/status", self._status),
             web.get("/v1/queue", self._queue),
+            web.get("/v1/instances", self._instances),
             web.post("/v1/queue/{job}/retry", self._retry),
             web.post("/v1/queue/{job}/discard", self._discard),
+            *(web.post(f"/v1/instances/{{uuid}}/{order}", partial(self._decide, order)) for order in Order),
             web.get(_REQUEST, self._show_request),
             web.post(_REQUEST, self._accept_request),
             web.delete(_REQUEST, self._drop_request),
@@ -127,6 +137,9 @@ class Api:
             "undecided": self._health.undecided(),
         })  # fmt: skip
 
+    async def _instances(self, _request: web.Request) -> web.Response:
+        return web.json_response(self._health.instances())
+
     async def _retry(self, request: web.Request) -> web.Response:
         record = await self._order(JobId(request.match_info["job"]), self._jobs.order_retry)
         return web.json_response(queue_entry(record, time.time()))
@@ -142,15 +155,20 @@ class Api:
         record = await self._order(JobId(job), order)
         return web.json_response(queue_entry(record, time.time()))
 
+    async def _decide(self, order: Order, request: web.Request) -> web.Response:
+        instance = request.match_info["uuid"]
+        body: Any = await request.json() if request.can_read_body else {}
+        if not isinstance(body, dict) or body.get("confirm") != instance:
+            raise Refused(f'an order to {order} must carry {{"confirm": "{instance}"}}')
+        self._health.order(InstanceId(instance), order)
+        return web.json_response({"instance": instance, "ordered": order}, status=202)
+
     async def _show_request(self, request: web.Request) -> web.Response:
         return web.json_response(_request_entry(self._requests.of(InstanceId(request.match_info["uuid"]))))
 
     async def _accept_request(self, request: web.Request) -> web.Response:
         instance, wanted = InstanceId(request.match_info["uuid"]), _parsed_request(await request.json())
-        if wanted is None:
-            return await self._drop_request(request)
-        await self._requests.accept(instance, wanted)
-        return web.json_response(_request_entry(wanted))
+        return web.json_response(_request_entry(await self._requests.accept(instance, wanted)))
 
     async def _drop_request(self, request: web.Request) -> web.Response:
         await self._requests.drop(InstanceId(request.match_info["uuid"]))
@@ -161,15 +179,17 @@ def _request_entry(request: Request | None) -> dict[str, object]:
     if request is None:
         return {"enabled": False}
     return {
-        "enabled": True,
+        "enabled": request.enabled,
+        "source": request.source,
+        "refused": request.refused,
         "store_project": request.project,
         "store_user": request.reader,
         "retention_s": request.retention_s,
     }
 
 
-def _parsed_request(body: object) -> Request | None:
-    """None: not enabled. Raises `Refused` with the key that is wrong."""
+def _parsed_request(body: object) -> Request:
+    """Raises `Refused` with the key that is wrong."""
     if not isinstance(body, dict) or not isinstance(body.get("enabled"), bool):
         raise Refused('a request is {"enabled": true|false, "store_project": …, "store_user": …, "retention": …}')
     unknown = sorted(body.keys() - _REQUEST_KEYS)
@@ -177,13 +197,11 @@ def _parsed_request(body: object) -> Request | None:
     if unknown or wrong:
         raise Refused(f"unknown keys: {unknown}" if unknown else f"must be strings: {wrong}")
     if not body["enabled"]:
-        return None
+        return Request(enabled=False)
     if not body.get("store_project"):
         raise Refused("store_project is missing: the id of the project that is to own the backup")
     try:
-        retention_s = parse_duration_s(body["retention"]) if body.get("retention") else None
-        if retention_s is not None and not 1 <= retention_s <= _LONGEST_RETENTION_S:
-            raise ValueError("must be 1s to 36525d")
+        retention_s = retention_of(body["retention"]) if body.get("retention") else None
     except ValueError as exc:
         raise Refused(f"retention: {exc}") from None
     return Request(project=body["store_project"], reader=body.get("store_user", ""), retention_s=retention_s)

@@ -7,6 +7,7 @@ in it; the watch and its first scan; then libvirt. Claims are held before anythi
 
 import argparse
 import asyncio
+import json
 import os
 import platform
 import re
@@ -14,15 +15,20 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 from autobackup import logs
+from autobackup.cloud.nova import Nova
+from autobackup.cloud.owners import Owners
 from autobackup.config import DEFAULT_PATH, Config
 from autobackup.configfile import load
 from autobackup.errors import AutobackupError, ConfigError
 from autobackup.flows.backup import Backup
-from autobackup.flows.capture import Capture
+from autobackup.flows.capture import Capture, Order
+from autobackup.flows.evidence import Evidence
+from autobackup.flows.inquiry import Inquiry
 from autobackup.flows.jobs import Jobs
 from autobackup.flows.learn import Learn
 from autobackup.flows.pacing import Pace
@@ -37,11 +43,12 @@ from autobackup.host.scrub import load_methods, method_named
 from autobackup.host.spool import Spool
 from autobackup.host.watch import Watch
 from autobackup.metrics import Metrics
-from autobackup.model import JobRecord
+from autobackup.model import InstanceId, InstanceRecord, JobRecord, encode
 from autobackup.service import supervisor
 from autobackup.service.api import Api
 from autobackup.service.heap import keep_buffers
 from autobackup.service.systemd import Notify
+from autobackup.service.witness import fingerprint, nova_host, nova_session, rulebook
 from autobackup.stores import OpenDestination, open_destination
 
 EXIT_CONFIG: Final = 2
@@ -109,6 +116,9 @@ class Agent:
             metrics=self.metrics,
             host=platform.node(),
         )
+        asked = nova_session(config)
+        nova = None if asked is None else Nova(asked, host=nova_host(config))
+        owners = None if asked is None else Owners(asked)
         backup = Backup(
             jobs=self.jobs,
             spool=self.spool,
@@ -129,16 +139,33 @@ class Agent:
             on_event=lambda event: self.capture.on_domain_event(event),
             on_connected=lambda: self.watch.ask_scan(),
         )
+        book = rulebook(config)
+        self.requests = Requests(book=book, learn=self.learn, places=self.places, owners=owners, metrics=self.metrics)
+        self.inquiry: Inquiry | None = None
+        if nova is not None:
+            self.inquiry = Inquiry(
+                nova=nova,
+                refresh_interval_s=config.nova.refresh_interval_s,
+                held=lambda: frozenset(self.spool.claims.instances()),
+                on_servers=self.requests.heard,
+                on_word=lambda instance: self.capture.note_scan(instance),
+                metrics=self.metrics,
+            )
         self.capture = Capture(
             claims=self.spool.claims,
             spool=self.spool,
             link=self.link,
             jobs=self.jobs,
             learn=self.learn,
-            rules=config.rule,
-            requests=config.request,
+            book=book,
+            inquiry=self.inquiry,
             settings=config.capture,
-            verdict_despite_nova=config.verdict_despite_nova,
+            evidence=Evidence(
+                claims=self.spool.claims,
+                settings=config.capture,
+                verdict_despite_nova=config.verdict_despite_nova,
+                asks_nova=nova is not None,
+            ),
             workers=self.workers,
             metrics=self.metrics,
             claim_now=lambda folder, source: self.watch.claim_now(folder, source),
@@ -157,9 +184,8 @@ class Agent:
             places=self.places, only_asked_for=config.only_asked_for, jobs=self.jobs, spool=self.spool,
             metrics=self.metrics,
         )  # fmt: skip
-        requests = Requests(settings=config.request, learn=self.learn, places=self.places)
         self.api = Api(
-            path=str(config.api.socket), group=config.api.group, jobs=self.jobs, requests=requests,
+            path=str(config.api.socket), group=config.api.group, jobs=self.jobs, requests=self.requests,
             metrics=self.metrics, health=self, order=self.runner.order,
         )  # fmt: skip
 
@@ -190,6 +216,7 @@ class Agent:
                     "runner": self.runner.run,
                     "capture": self.capture.run,
                     "libvirt": self.link.run,
+                    **({} if self.inquiry is None else {"nova": self.inquiry.run}),
                 },
                 stop=self._stop,
             )
@@ -209,6 +236,8 @@ class Agent:
         parked = sum(record.state == "parked" for record in self.jobs.all())
         words += [f"a job cannot be read and is left untouched: {error}" for error in self.spool.unreadable_jobs]
         words += self.watchman.unwell()
+        if self.inquiry is not None and self.inquiry.trouble:
+            words.append(f"Nova cannot be asked, and nothing is decided: {self.inquiry.trouble}")
         long = [one for one in self.capture.undecided() if float(str(one["age_s"])) > _LONG_UNDECIDED_S]
         words += [f"not decided for over an hour: {one['instance']}: {one['reason']}" for one in long]
         failing = Counter(
@@ -224,6 +253,9 @@ class Agent:
     def undecided(self) -> list[dict[str, object]]:
         return self.capture.undecided()
 
+    def order(self, instance: InstanceId, order: Order) -> None:
+        self.capture.order(instance, order)
+
     def status(self) -> dict[str, object]:
         states = [str(record.state) for record in self.jobs.all()]
         return {
@@ -233,10 +265,30 @@ class Agent:
             "claims": self.spool.claims.count(),
             "jobs": {state: states.count(state) for state in sorted(set(states))},
             "undecided": len(self.capture.undecided()),
+            "verdict": self._config.verdict,
+            "requests_refused": self.requests.refused(),
             "degraded": self.degraded(),
         }
 
+    def instances(self) -> dict[str, object]:
+        """What is known of the instances that are held, for `autobackup explain`."""
+        return {
+            "rulebook": fingerprint(rulebook(self._config)),
+            "instances": [
+                {
+                    "record": json.loads(encode(replace(record, domain_xml="<seen/>" if record.domain_xml else ""))),
+                    "disk_bytes": self._root_bytes(record),
+                }
+                for record in map(self.learn.known, self.learn.instances())
+            ],
+        }
+
     # ---- inside -----------------------------------------------------------------------------------------
+
+    def _root_bytes(self, record: InstanceRecord) -> int | None:
+        roots = [claim for claim in self.spool.claims.of(record.instance) if claim.is_root]
+        now = next((claim for claim in roots if claim.inode == record.root_inode), roots[0] if roots else None)
+        return None if now is None else self.spool.claims.occupied_bytes(now)
 
     async def _keep_house(self) -> None:
         while True:
@@ -258,9 +310,14 @@ async def check(config: Config, places: Places) -> None:
     if config.verdict == "libvirt" and not config.verdict_despite_nova and config.nova_conf.exists():
         raise ConfigError(
             f"verdict = \"libvirt\": {config.nova_conf} exists, so this host is Nova's, and libvirt's word cannot tell "
-            f"a termination from a rebuild or a shelve; set verdict_despite_nova = true only on a test host"
+            f'a termination from a rebuild or a shelve; write verdict = "nova" and [nova] cloud = "..."'
         )
     wrong = []
+    if (session := nova_session(config)) is not None:
+        try:
+            await session.check_entry()
+        except AutobackupError as exc:
+            wrong.append(f"nova.cloud: {exc}")
     methods = load_methods()
     for where, method in (("request", config.request.scrub), *((f"rule {r.name!r}", r.scrub) for r in config.rule)):
         try:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 
 import click
 
-from autobackup.config import DEFAULT_PATH, Destination, OpenstackSection
+from autobackup.config import DEFAULT_PATH, OpenstackSection
 from autobackup.configfile import load
 from autobackup.container.header import HEADER_BYTES, Header, decode
 from autobackup.errors import AutobackupError, Damaged, RecordDamaged, Refused, StoreRefused, Transient
@@ -26,6 +26,7 @@ from autobackup.model import AttemptId
 from autobackup.service.cli.output import as_time, format_option, progress, show_one, show_rows
 from autobackup.stores import OpenDestination, Store, Stored, open_destination
 from autobackup.stores.opening import is_private_key
+from autobackup.terms import Destination
 from autobackup.units import format_bytes
 
 _Result = TypeVar("_Result")

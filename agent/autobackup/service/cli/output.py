@@ -4,7 +4,7 @@ How the CLI speaks: `-f json|table|value`, progress on a terminal only, and erro
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, Final, TypeVar
@@ -71,6 +71,15 @@ def show_one(record: Mapping[str, object], *, fmt: str) -> None:
         _console().print(table)
 
 
+def show_text(lines: Iterable[str], *, record: Mapping[str, object], fmt: str) -> None:
+    """Words for people; *record* where JSON is asked for."""
+    if fmt == "json":
+        click.echo(json.dumps(record, indent=1))
+    else:
+        for line in lines:
+            click.echo(_text(line))
+
+
 @contextmanager
 def progress(words: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
     """A bar on stderr when that is a terminal; otherwise nothing at all."""
@@ -101,4 +110,7 @@ def _text(value: object) -> str:
 
 
 def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else 240, soft_wrap=not sys.stdout.isatty())
+    is_terminal = sys.stdout.isatty()  # and a tenant's words are no markup
+    return Console(
+        width=None if is_terminal else 240, soft_wrap=not is_terminal, markup=False, emoji=False, highlight=False
+    )

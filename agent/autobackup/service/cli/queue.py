@@ -29,7 +29,7 @@ _config_option = click.option("--config", type=click.Path(path_type=Path), help=
 @format_option
 def status(path: Path | None, config: Path | None, fmt: str) -> None:
     """What the agent holds and does. Exit status 5 if it does not answer."""
-    show_one(_ask(_path(path, config), "GET", "/v1/status"), fmt=fmt)
+    show_one(ask(_path(path, config), "GET", "/v1/status"), fmt=fmt)
 
 
 @click.group(invoke_without_command=True)
@@ -42,7 +42,7 @@ def queue(ctx: click.Context, path: Path | None, config: Path | None, fmt: str) 
     ctx.obj = _path(path, config)
     if ctx.invoked_subcommand is not None:
         return
-    answer = _ask(ctx.obj, "GET", "/v1/queue")
+    answer = ask(ctx.obj, "GET", "/v1/queue")
     if fmt == "json":
         click.echo(json.dumps(answer, indent=1))
         return
@@ -70,7 +70,7 @@ def queue(ctx: click.Context, path: Path | None, config: Path | None, fmt: str) 
 def retry(before: Path, job: str, path: Path | None, config: Path | None) -> None:
     """Try JOB again now; a parked one goes back to the queue."""
     where = _path(path, config) if path or config else before
-    click.echo(f"{job}: {_ask(where, 'POST', f'/v1/queue/{job}/retry')['state']}")
+    click.echo(f"{job}: {ask(where, 'POST', f'/v1/queue/{job}/retry')['state']}")
 
 
 @queue.command()
@@ -92,10 +92,39 @@ def discard(
         )
     where = _path(path, config) if path or config else before
     order = {"confirm": job, "destination": destination or ""}
-    click.echo(f"{job}: {_ask(where, 'POST', f'/v1/queue/{job}/discard', order)['state']}")
+    click.echo(f"{job}: {ask(where, 'POST', f'/v1/queue/{job}/discard', order)['state']}")
+
+
+@queue.command()
+@click.argument("instance")
+@click.option("--confirm", is_flag=True, help="Required: nobody else has said that it was terminated.")
+@_socket_option
+@_config_option
+@click.pass_obj
+def take(before: Path, instance: str, path: Path | None, config: Path | None, *, confirm: bool) -> None:
+    """Seal and prove the disks of INSTANCE (uuid), which waits undecided. They are let go then, and not overwritten."""
+    _order("take", instance, _path(path, config) if path or config else before, confirm=confirm)
+
+
+@queue.command("let-go")
+@click.argument("instance")
+@click.option("--confirm", is_flag=True, help="Required: what is let go is gone, unbacked.")
+@_socket_option
+@_config_option
+@click.pass_obj
+def let_go(before: Path, instance: str, path: Path | None, config: Path | None, *, confirm: bool) -> None:
+    """Let go of the disks of INSTANCE (uuid), which waits undecided, without a backup."""
+    _order("let-go", instance, _path(path, config) if path or config else before, confirm=confirm)
 
 
 COMMANDS = (status, queue)
+
+
+def _order(order: str, instance: str, where: Path, *, confirm: bool) -> None:
+    if not confirm:
+        raise click.UsageError(f"say: autobackup queue {order} {instance} --confirm")
+    ask(where, "POST", f"/v1/instances/{instance}/{order}", {"confirm": instance})
+    click.echo(f"{instance}: {order} ordered; autobackup queue shows what comes of it")
 
 
 def _path(path: Path | None, config: Path | None) -> Path:
@@ -104,7 +133,8 @@ def _path(path: Path | None, config: Path | None) -> Path:
     return load(config).api.socket if config is not None else ApiSection().socket
 
 
-def _ask(path: Path, method: str, target: str, body: object = None) -> Any:
+def ask(path: Path, method: str, target: str, body: object = None) -> Any:
+    """What the agent that listens at *path* says. `Transient` if it does not answer, `Refused` with its reason."""
     connection = _UnixConnection(str(path))
     try:
         text = None if body is None else json.dumps(body)

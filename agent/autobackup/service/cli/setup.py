@@ -2,21 +2,25 @@
 
 import asyncio
 import functools
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import click
 
-from autobackup.config import DEFAULT_PATH
+from autobackup.cloud.nova import Nova
+from autobackup.config import DEFAULT_PATH, Config
 from autobackup.configfile import load
 from autobackup.errors import Transient
-from autobackup.flows.examine import examine
+from autobackup.flows.examine import Finding, examine, examine_nova
 from autobackup.flows.places import Places
 from autobackup.service.app import check
 from autobackup.service.cli.output import format_option, show_one, show_rows
+from autobackup.service.witness import nova_host, nova_session
 from autobackup.stores import open_destination
 from autobackup.stores.keyfile import write_kek
 from autobackup.stores.recipient import write_key_pair
+from autobackup.terms import Destination
 
 
 @click.command("check-config")
@@ -67,17 +71,26 @@ def keygen(file: Path, fmt: str, *, recipient: bool, post_quantum: bool) -> None
 @format_option
 def doctor(file: Path, fmt: str) -> None:
     """
-    Ask every destination of FILE whether it would take a backup now: reachable, which role is missing, what is weak.
+    Ask every destination of FILE whether it would take a backup now: reachable, which role is missing, what is weak;
+    and Nova whether it would say what became of a server.
 
     Draws a key where keys come from, gets it again, and destroys it. Exit status 5 if one would not.
     """
     config = load(file)
     asked = [one for one in config.destination if one.name != config.only_asked_for]
-    findings = asyncio.run(examine([open_destination(one, config.openstack) for one in asked]))
+    findings = asyncio.run(_examine(config, asked))
     columns = ("destination", "where", "result", "remedy")
     show_rows([asdict(one) for one in findings], columns=columns, fmt=fmt, empty="No destination is configured.")
     if any(one.result == "unusable" for one in findings):
-        raise Transient("not every destination would take a backup now")
+        raise Transient("not everything that a backup needs would work now")
+
+
+async def _examine(config: Config, asked: Sequence[Destination]) -> list[Finding]:
+    findings = await examine([open_destination(one, config.openstack) for one in asked])
+    session = nova_session(config)
+    if session is not None:
+        findings.append(await examine_nova(Nova(session, host=nova_host(config))))
+    return findings
 
 
 COMMANDS = (check_config, keygen, doctor)
