@@ -16,7 +16,7 @@ PACKAGES := libvirt-daemon-system libvirt-clients qemu-system-x86 qemu-utils sea
             util-linux mount e2fsprogs xfsprogs zstd openssl strace curl
 BENCH_PACKAGES := age gnupg restic borgbackup coreutils time
 
-.PHONY: demo demo-openstack test check lint fmt bench crash clean packages bench-packages
+.PHONY: demo demo-openstack demo-rules test check lint fmt bench crash clean packages bench-packages
 
 demo: $(STAMP)
 	$(BIN)/python -m tests.demo
@@ -24,12 +24,15 @@ demo: $(STAMP)
 demo-openstack: $(STAMP) $(OPENSTACK)
 	$(BIN)/python -m tests.demo_openstack
 
+demo-rules: $(STAMP)
+	$(BIN)/python -m tests.demo_rules
+
 # Most tests wait for something: a file of them in each of so many processes (each has a libvirtd and a cloud of its own).
 # The seed is made here, once, and not within the time that the first test has that wants a cloud.
-TEST_PROCESSES ?= 3
+TEST_PROCESSES ?= 4
 test: $(STAMP) $(OPENSTACK)
 	@$(BIN)/python -m tests.lab.openstack.seed
-	AUTOBACKUP_REQUIRE_OPENSTACK=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
+	AUTOBACKUP_REQUIRE_OPENSTACK=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # The heavy variants of the crash and storm tests; CI runs the bounded ones within `test`.
 crash: $(STAMP)

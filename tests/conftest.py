@@ -15,9 +15,32 @@ from tests.lab.openstack.cloud import Cloud, missing_services
 from tests.lab.workspace import Workspace
 from tests.lab.workspace import workspace as open_workspace
 
+_LONGEST = (
+    "test_nova_verdicts.py",
+    "test_rules_openstack.py",
+    "test_kill_at_every_state.py",
+    "test_upload_failures.py",
+    "test_store_contract.py",
+    "test_token_lifetimes.py",
+    "test_nova_policy_faults.py",
+    "test_bad_input.py",
+    "test_openstack.py",
+    "test_openstack_lab.py",
+    "test_nova_invariants.py",
+    "test_kill_storm.py",
+    "test_nova_lab.py",
+    "test_job_states.py",
+    "test_restore.py",
+)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`-m "not hypervisor"` leaves out whatever would start one, `-m "not openstack"` whatever needs a cloud."""
+    """
+    `-m "not hypervisor"` leaves out whatever would start one, `-m "not openstack"` whatever needs a cloud.
+
+    The longest files come first: several processes share the files, and none should begin one when the others end.
+    """
+    items.sort(key=lambda item: _LONGEST.index(item.path.name) if item.path.name in _LONGEST else len(_LONGEST))
     for item in items:
         if "hypervisor" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.hypervisor)

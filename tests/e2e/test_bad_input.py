@@ -681,7 +681,7 @@ def test_a_rule_that_cannot_be_told_parks_and_a_discard_ends_it(scene: Scene) ->
     wait_until(lambda: agent.claims(instance.uuid))
     scene.compute._delete_files(instance)
     job = wait_until(lambda: next((one for one in agent.jobs() if one["state"] == "parked"), None))
-    assert "it cannot be told whether rule 'some' wants it" in job["last_error"]
+    assert "rule 'some' asks for name, which nobody has told" in job["last_error"]
 
     agent.cli("queue", "--socket", str(agent.socket), "discard", job["job"], "--confirm")
 

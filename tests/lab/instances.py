@@ -107,10 +107,14 @@ class Compute:
         return self._build(instance, until=until)
 
     def failed_spawn(
-        self, *, after: Literal[Step.DISKS_MADE, Step.DEFINED, Step.STARTED] = Step.DISKS_MADE
+        self,
+        *,
+        after: Literal[Step.DISKS_MADE, Step.DEFINED, Step.STARTED] = Step.DISKS_MADE,
+        uuid: str | None = None,
+        image: Image | None = None,
     ) -> Instance:
         """A build that fails: by default before libvirt hears of it, so without any event."""
-        instance = self.spawn(until=after)
+        instance = self.spawn(until=after, uuid=uuid, image=image)
         if after == Step.STARTED:
             self._destroy(instance)
         self._delete_files(instance)
@@ -129,6 +133,25 @@ class Compute:
             self.confirm_resize(instance)
         self._destroy(instance)
         self._delete_files(instance, leak_del=leak_del)
+        self._undefine(instance)
+
+    def unlink_under_guest(self, instance: Instance) -> None:
+        """`_run_pending_deletes` of a server whose guest nobody ended: the files go, the domain runs on."""
+        self._delete_files(instance)
+
+    def leave(self, instance: Instance) -> None:
+        """
+        The source of a block migration, for an agent that was not there to hear of it: no domain, then no files.
+
+        Of a real one, libvirt says STOPPED/MIGRATED and no UNDEFINED; here it says DESTROYED and UNDEFINED.
+        """
+        self._destroy(instance)
+        self._undefine(instance)
+        self._delete_files(instance)
+
+    def lose_domain(self, instance: Instance) -> None:
+        """A hard reboot that fails half-way: undefined, and not defined again."""
+        self._destroy(instance)
         self._undefine(instance)
 
     def cycle(self, *, image: Image) -> Instance:
@@ -209,6 +232,17 @@ class Compute:
         self._tell(Step.RENAMED, instance)
         self._define(instance)
         self._create(instance)
+
+    def resize_to_other_host(self, instance: Instance) -> None:
+        """The source of a resize: off, its folder renamed; the domain stays defined, for a revert."""
+        self.stop(instance)
+        instance.folder.rename(instance.resize_folder)
+        self._tell(Step.RENAMED, instance)
+
+    def confirm_resize_to_other_host(self, instance: Instance) -> None:
+        """Days later: files first, then the undefine, and no STOPPED."""
+        self.confirm_resize(instance)
+        self._undefine(instance)
 
     def shelve_offload(self, instance: Instance) -> None:
         """On this host the same as the delete of a stopped server."""

@@ -91,6 +91,11 @@ class Cloud:
         return self._ids.users
 
     @property
+    def site(self) -> Site:
+        """For a service beside these three (`compute/nova.py`)."""
+        return self._site
+
+    @property
     def folder(self) -> Path:
         return self._site.folder
 

@@ -67,7 +67,7 @@ class Site:
         """
         home = self.folder / "keystone"
         keys = {"key_repository": home / "fernet"}
-        return _write(
+        return write(
             home / f"{name}.conf",
             {
                 "DEFAULT": {"public_endpoint": url, "log_file": self.logs / f"{name}.log"},
@@ -84,7 +84,7 @@ class Site:
 
     def barbican(self, *, url: str = "") -> Path:
         home = self.folder / "barbican"
-        return _write(
+        return write(
             home / "home/.barbican/barbican.conf",
             {
                 "DEFAULT": {"host_href": url, "log_file": self.logs / "barbican.log"},
@@ -94,14 +94,14 @@ class Site:
                 "crypto": {"enabled_crypto_plugins": "simple_crypto"},
                 "simple_crypto_plugin": {"kek": _random_key()},
                 "queue": {"enable": "false"},
-                "keystone_authtoken": self._authtoken("barbican", service_type="key-manager"),
+                "keystone_authtoken": self.authtoken("barbican", service_type="key-manager"),
             },
         )
 
     def glance(self, *, name: str = "glance", url: str = "", default: Mapping[str, str] | None = None) -> Path:
         """Write `<name>/glance-api.conf`, which may be for a second Glance on the same database and file store."""
         home = self.folder / "glance"
-        return _write(
+        return write(
             self.folder / name / "glance-api.conf",
             {
                 "DEFAULT": {
@@ -119,7 +119,7 @@ class Site:
                 "oslo_policy": {"policy_file": home / "policy.yaml"},
                 "oslo_concurrency": {"lock_path": home / "lock"},
                 "paste_deploy": {"flavor": "keystone", "config_file": venv() / "etc/glance/glance-api-paste.ini"},
-                "keystone_authtoken": self._authtoken("glance", service_type="image"),
+                "keystone_authtoken": self.authtoken("glance", service_type="image"),
                 # For the deletion of an image that names the secret it was encrypted with.
                 "key_manager": {"backend": "barbican"},
                 "barbican": {"auth_endpoint": f"{self.keystone_url}/v3"},
@@ -142,9 +142,9 @@ class Site:
         return {"HOME": str(self.folder / "barbican/home")}
 
     def _database(self, app: str) -> Mapping[str, object]:
-        return {"connection": f"sqlite:///{self.database(app)}?timeout=60", "sqlite_synchronous": "false"}
+        return {"connection": database_url(self.database(app)), "sqlite_synchronous": "false"}
 
-    def _authtoken(self, user: str, *, service_type: str) -> Mapping[str, object]:
+    def authtoken(self, user: str, *, service_type: str) -> Mapping[str, object]:
         return {
             "www_authenticate_uri": f"{self.keystone_url}/v3",
             "auth_url": f"{self.keystone_url}/v3",
@@ -171,7 +171,11 @@ def glance_program(config: Path, *, process_count: int, socket_timeout_s: int) -
     )
 
 
-def _write(path: Path, sections: Sections) -> Path:
+def database_url(path: Path) -> str:
+    return f"sqlite:///{path}?timeout=60"
+
+
+def write(path: Path, sections: Sections) -> Path:
     path.parent.mkdir(exist_ok=True)
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
         for section, options in sections.items():

@@ -25,18 +25,26 @@ REGION: Final = "RegionOne"
 DOMAIN: Final = "default"
 ADMIN: Final = "admin"
 
-ROLES: Final = ("autobackup", "creator", "observer", "audit", "key-manager:service-admin", "autobackup-restore")
+INSPECTOR: Final = "autobackup_inspector"
+"""Role and, with this role alone, user: packaging/openstack/nova-policy.yaml says what it may see in Nova."""
+
+ROLES: Final = (
+    *("autobackup", "creator", "observer", "audit", "key-manager:service-admin", "autobackup-restore"),
+    INSPECTOR,
+)
 PROJECTS: Final = ("service", "tenant-a", "tenant-b", "vault", "no-consent", "elsewhere")
 
 _AGENT: Final = ("member", "creator", "autobackup")  # old Barbican policies ask for creator, new ones for member
 USERS: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
     "glance": {"service": ("admin", "service")},
     "barbican": {"service": ("admin", "service")},
+    "nova": {"service": ("admin", "service")},
     "autobackup": {"service": ("service", "member"), "tenant-a": _AGENT, "tenant-b": _AGENT, "vault": _AGENT},
     "alice": {"tenant-a": ("member",)},
     "bob": {"tenant-b": ("member",)},
     "carol": {"tenant-a": ("reader",)},
     "erin": {"tenant-a": ("member", "autobackup-restore")},
+    INSPECTOR: {"service": (INSPECTOR,)},
     "legacy": {"tenant-a": ("creator",)},  # Barbican's old role alone
     "mallory": {"elsewhere": ("member",)},
     "rita": {"tenant-a": ("reader",)},  # to be named as a reader of keys

@@ -1,5 +1,5 @@
 """
-What uWSGI loads, in the services' own environment: LAB_APP=keystone|barbican|glance.
+What uWSGI loads, in the services' own environment: LAB_APP=keystone|barbican|glance|nova.
 
 The services are unmodified. For SQLite alone: oslo.db opens every transaction with a
 deferred BEGIN, so of two that read and then write at the same time one fails at once with
@@ -29,6 +29,8 @@ match os.environ["LAB_APP"]:
         from keystone.wsgi.api import application
     case "glance":
         from glance.wsgi.api import application
+    case "nova":
+        from nova.wsgi.osapi_compute import application
     case "barbican":
         # barbican.wsgi.api knows only /etc/barbican/barbican-api-paste.ini.
         from paste import deploy
