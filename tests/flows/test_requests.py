@@ -207,6 +207,22 @@ async def test_whatever_owners_write_one_hearing_asks_few_projects_and_the_next_
     }
 
 
+async def test_the_refused_do_not_take_the_turn_of_who_waits_for_a_first_answer(host: Requesting) -> None:
+    """Somebody names ten projects that never consent; the next owner is heard all the same."""
+    named = {host.living(): f"{n:032x}" for n in range(10)}
+    host.refusing = dict.fromkeys(named.values(), NOT_CONSENTED)
+    servers = {one: server(one, {**YES, "autobackup_project": project}) for one, project in named.items()}
+    await host.requests.heard(servers)
+    late = host.living()
+    for _ in range(2):
+        host.clock.now_s += A_YES_HOLDS_S  # every no is to be asked again
+        await host.requests.heard({**servers, late: server(late, YES)})
+    granted = host.requests.of(late)
+    assert granted is not None
+    assert granted.asked
+    assert granted.refused == ""
+
+
 async def test_one_whose_turn_has_not_come_is_neither_granted_nor_refused(host: Requesting) -> None:
     named = {host.living(): f"{n:032x}" for n in range(11)}
     await host.requests.heard(

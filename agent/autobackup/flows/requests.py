@@ -109,7 +109,7 @@ class Requests:
                 if is_reachable:
                     told, is_reachable = await self._with_others_words(told, server)
                 await self._learn.from_server(instance, told, project=server.project, amend=self._with_wish)
-        for instance in self._learn.instances():
+        for instance in sorted(self._learn.instances(), key=self._was_asked_for):
             await self._ask_for(instance)
         self._forget_old_answers()
         self._metrics.requests_refused.set(len(self.refused()))
@@ -148,6 +148,11 @@ class Requests:
             words = "none" if wish is None else described(wish)
             _log.info("request.heard", instance=record.instance, request=words)
         return replace(record, request=wish)
+
+    def _was_asked_for(self, instance: InstanceId) -> bool:
+        """Whoever waits for a first answer comes first: the refused must not take their turn again and again."""
+        known = self._learn.request(instance)
+        return known is None or known.asked
 
     async def _ask_for(self, instance: InstanceId) -> None:
         """Ask the project that its owner names, whether the instance lives or waits for that."""
