@@ -42,7 +42,7 @@ from autobackup.model import (
     VerdictKind,
 )
 from autobackup.rules.lifecycle import JobEvent
-from autobackup.rules.policy import Plan
+from autobackup.rules.policy import Plan, PlannedCopy
 from autobackup.rules.termination import Verdict
 from autobackup.service import app  # noqa: F401  # what the agent has in memory beside
 from autobackup.service.heap import keep_buffers
@@ -143,8 +143,8 @@ async def _job(disk: Path, spool: Spool, jobs: Jobs, projects: Sequence[str]) ->
         spool.claims,
         Verdict(kind=VerdictKind.TERMINATED, reason="bench"),
         Plan(
-            rule="bench", destinations=tuple(DestinationName(one) for one in projects), scrub_method="unlink",
-            certain=True,
+            rule="bench", copies=tuple(PlannedCopy(destination=DestinationName(one)) for one in projects),
+            scrub_method="unlink",
         ),
         spool.instances_path,
         time.time(),
