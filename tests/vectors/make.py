@@ -220,9 +220,31 @@ def bundle_json() -> dict[str, object]:
     }
 
 
+def manifest_with_parents() -> bytes:
+    """Section 5, format 2: the disk's base is not in the bundle."""
+    manifest = json.loads(bundle()["manifest.json"])
+    [base] = manifest["bases"]
+    manifest["format"], manifest["bases"] = "autobackup-bundle/2", []
+    manifest["disks"][0]["backing"] = None
+    manifest["parents"] = [
+        {
+            "name": base["name"],
+            "path": base["source_path"],
+            "format": base["format"],
+            "size_bytes": base["size_bytes"],
+            "sha256": hashlib.sha256(bundle()[base["member"]]).hexdigest(),
+            "backing_path": None,
+            "image": "c2b4fd54-1d0e-4c3a-9d0f-1b6f3c1e8a55",
+            "image_hash": "sha512:" + "5a" * 64,
+        }
+    ]
+    return record(manifest)
+
+
 def main(folder: Path) -> None:
     for name, value in (("streams.json", streams_json()), ("bundle.json", bundle_json())):
         (folder / name).write_text(json.dumps(value, indent=1) + "\n")
+    (folder / "manifest-2.json").write_bytes(manifest_with_parents())
 
 
 if __name__ == "__main__":

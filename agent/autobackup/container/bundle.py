@@ -110,6 +110,16 @@ def member_padding(size_bytes: int) -> bytes:
     return bytes(-size_bytes % BLOCK_BYTES)
 
 
+def head_at(data: Buffer) -> tuple[str, int, int] | None:
+    """Name, length of the head and size of the member whose head *data* begins with; None at the archive's end."""
+    block = bytes(data)[: 3 * BLOCK_BYTES]
+    if not any(block[:BLOCK_BYTES]):
+        return None
+    head = block[: _head_bytes(bytearray(block))]
+    name, size_bytes = BundleReader()._parse_head(head)
+    return name, len(head), size_bytes
+
+
 class BundleReader:
     """
     The archive from front to back, in pieces of any size.

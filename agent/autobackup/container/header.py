@@ -23,6 +23,7 @@ from autobackup.errors import ContainerDamaged
 HEADER_BYTES: Final = 4096
 MAGIC: Final = b"autobackup/1\n"
 SUITE: Final = "AES256-GCM-HKDF-1MiB"
+NO_INSTANCE: Final = "00000000-0000-0000-0000-000000000000"  # of a sealed base
 
 _MAGIC_FAMILY: Final = b"autobackup/"
 MAGIC_NONE: Final = b"autobackup-none/1\n"
@@ -79,12 +80,13 @@ def encode(header: Header) -> bytes:
 
 
 def require_room(key: Mapping[str, str]) -> None:
-    """Raise ValueError unless a header with *key* fits, whatever its other members are."""
-    longest = "x" * 64
+    """Raise ValueError unless a header with *key* fits, whatever its other members are; of parents, for one."""
+    longest, uuid = "x" * 64, "0" * 8 + "-0000" * 3 + "-" + "0" * 12
     encode(
         Header(
-            job=longest, attempt=longest, instance="0" * 8 + "-0000" * 3 + "-" + "0" * 12, destination=longest,
-            created_at_s=_MAX_TIME_S, expires_at_s=_MAX_TIME_S, key=key, parent=None,
+            job=longest, attempt=longest, instance=uuid, destination=longest,
+            created_at_s=_MAX_TIME_S, expires_at_s=_MAX_TIME_S, key=key,
+            parent={"image": uuid, "base_0": f"sealed:{uuid}"},
         )
     )  # fmt: skip
 

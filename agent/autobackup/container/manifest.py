@@ -1,6 +1,8 @@
 """
 The two records in a bundle: `manifest.json`, what was captured, and `digests.json`, what was sent.
 
+A manifest with `parents` (backing files that lie elsewhere) is of format 2, one without of format 1.
+
 Both are plain data with one encoding each (docs/format.md, section 5). Decoding is strict: an unknown or
 missing member, a wrong type, another spelling of the same content are refused. `check_bundle` compares header
 and records with what was read; a bundle that passes the lower layers but not this had a faulty writer.
@@ -23,6 +25,8 @@ from autobackup.errors import ContainerDamaged
 
 _STRICT: Final = ConfigDict(extra="forbid", strict=True)
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
+_ID: Final = re.compile(r"[A-Za-z0-9:._-]{0,255}")
+_WITH_PARENTS: Final = "autobackup-bundle/2"
 _MAX_INTEGER: Final = 2**63 - 1
 
 _Record = TypeVar("_Record", "Manifest", "Digests")
@@ -49,6 +53,38 @@ class DiskEntry:
         bundle.check_name(self.member)
         _check_integers(self.size_bytes, self.inode)
         _check_integers(self.mtime_ns, minimum=-_MAX_INTEGER)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParentEntry:
+    """
+    A backing file that is not in the bundle, and how to know the right one.
+
+    *path* is how disks and other parents name it (`backing_path`). *sha256* is over its bytes on the host, holes as
+    zeros; None: it could not be read any more. *image* is the id of the Glance image that it was made from,
+    *image_hash* what Glance said of that image's data (`sha512:…`); empty where they were not known.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    name: str
+    path: str
+    format: Literal["qcow2", "raw", "unknown"]
+    size_bytes: int
+    sha256: str | None
+    backing_path: str | None
+    image: str
+    image_hash: str
+
+    def __post_init__(self) -> None:
+        _check_integers(self.size_bytes)
+        if self.sha256 is not None:
+            _check_sha256(self.sha256)
+        elif self.size_bytes:
+            raise ValueError(f"size_bytes is {self.size_bytes}, without a digest of them")
+        for name in ("image", "image_hash"):
+            if _ID.fullmatch(getattr(self, name)) is None:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, must match {_ID.pattern}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +118,7 @@ class Manifest:
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
-    format: Literal["autobackup-bundle/1"] = "autobackup-bundle/1"
+    format: Literal["autobackup-bundle/1", "autobackup-bundle/2"] = "autobackup-bundle/1"
     job: str
     instance: str
     instance_name: str
@@ -95,9 +131,14 @@ class Manifest:
     files: tuple[FileEntry, ...]
     not_captured: tuple[NotCaptured, ...]
     facts: Mapping[str, str]
+    parents: tuple[ParentEntry, ...] = ()
 
     def __post_init__(self) -> None:
         _check_integers(self.captured_at_s)
+        if bool(self.parents) != (self.format == _WITH_PARENTS):
+            raise ValueError(f"format is {self.format}, with {len(self.parents)} parents")
+        if len({parent.path for parent in self.parents}) < len(self.parents):
+            raise ValueError("a parent is listed twice")
         _check_folder(self.disks, bundle.DISKS)
         _check_folder(self.bases, bundle.BASES)
         for entry in self.files:
@@ -111,6 +152,8 @@ class Manifest:
         for disk in (*self.disks, *self.bases):
             if disk.backing is not None and disk.backing not in bases:
                 raise ValueError(f"{disk.member}: its backing {disk.backing} is not among the bases")
+        _check_ends({base.member: base.backing for base in self.bases})
+        _check_ends({parent.path: parent.backing_path for parent in self.parents})
         object.__setattr__(self, "facts", dict(self.facts))
 
     @property
@@ -143,8 +186,7 @@ class Digest:
 
     def __post_init__(self) -> None:
         _check_integers(self.size_bytes)
-        if _SHA256.fullmatch(self.sha256) is None:
-            raise ValueError(f"sha256 is {self.sha256!r}, must be 64 lower-case hex digits")
+        _check_sha256(self.sha256)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,6 +277,21 @@ def _check_integers(*values: int, minimum: int = 0) -> None:
             raise ValueError(f"{value} is not from {minimum} to {_MAX_INTEGER}")
 
 
+def _check_sha256(text: str) -> None:
+    if _SHA256.fullmatch(text) is None:
+        raise ValueError(f"sha256 is {text!r}, must be 64 lower-case hex digits")
+
+
+def _check_ends(below: Mapping[str, str | None]) -> None:
+    """Refuse a chain that goes round."""
+    for start in below:
+        at, steps = below[start], 0
+        while at is not None and at in below:
+            at, steps = below[at], steps + 1
+            if steps > len(below):
+                raise ValueError(f"{start} is backed by itself in the end")
+
+
 def _check_folder(entries: Iterable[DiskEntry], folder: str) -> None:
     for entry in entries:
         if not entry.member.startswith(folder):
@@ -249,7 +306,10 @@ def _refuse_differences(record: str, listed: Mapping[str, object], read: Mapping
 
 def _encode(record: "Manifest | Digests") -> bytes:
     """Raises ValueError for what `decode` would refuse: it must show before the record is sealed."""
-    text = json.dumps(asdict(record), sort_keys=True, indent=2, ensure_ascii=True).encode("ascii") + b"\n"
+    value = asdict(record)
+    if not value.get("parents", True):
+        del value["parents"]  # format 1 knows none
+    text = json.dumps(value, sort_keys=True, indent=2, ensure_ascii=True).encode("ascii") + b"\n"
     if len(text) > bundle.MAX_RECORD_BYTES:
         raise ValueError(f"a record of {len(text)} bytes, at most {bundle.MAX_RECORD_BYTES} are allowed")
     TypeAdapter(type(record)).validate_json(text)

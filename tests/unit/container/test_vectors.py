@@ -62,7 +62,7 @@ def members() -> dict[str, bytes]:
 def test_the_generator_still_makes_them(tmp_path: Path) -> None:
     """In a Python that cannot import the agent."""
     subprocess.run([sys.executable, "-I", FOLDER / "make.py", tmp_path], check=True)
-    for name in ("streams.json", "bundle.json"):
+    for name in ("streams.json", "bundle.json", "manifest-2.json"):
         assert (tmp_path / name).read_text() == (FOLDER / name).read_text()
 
 
@@ -94,6 +94,13 @@ def test_the_whole_bundle_opens() -> None:
     assert manifest.encode() == found["manifest.json"]
     assert digests.encode() == found["digests.json"]
     assert manifest.instance_name == "café 🦊"
+
+
+def test_a_manifest_with_parents_is_read_and_written_as_it_is() -> None:
+    data = (FOLDER / "manifest-2.json").read_bytes()
+    manifest = Manifest.decode(data)
+    assert manifest.encode() == data
+    assert [parent.path for parent in manifest.parents] == [disk.backing_path for disk in manifest.disks]
 
 
 def test_we_make_the_same_bundle_from_the_same_members() -> None:
