@@ -98,7 +98,11 @@ class KeyLost(Refused):
 
 
 class CloudRefused(Refused):
-    """An OpenStack service says no, and would say it again."""
+    """An OpenStack service says no (with *status*, where it was an answer), and would say it again."""
+
+    def __init__(self, words: str = "", *, status: int | None = None) -> None:
+        super().__init__(words)
+        self.status = status
 
 
 class TargetExists(Refused):

@@ -67,6 +67,10 @@ class Metrics:
             "autobackup_destination_reachable", "1 if the destination would take a copy, at the last look",
             ["destination"], registry=registry,
         )  # fmt: skip
+        self.parents_kept = Gauge(
+            "autobackup_parents_kept", "Images and sealed bases that backups there stand on, at the last look",
+            ["destination", "kind"], registry=registry,
+        )  # fmt: skip
         self.nova_reachable = Gauge(
             "autobackup_nova_reachable", "1 if Nova answered when it was last asked", registry=registry
         )

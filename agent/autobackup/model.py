@@ -119,6 +119,23 @@ class ChainLink:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BaseRecord:
+    """
+    What the bytes of a backing file are, read once for its inode; digests are hex, over its bytes, holes as zeros.
+
+    Found to hold just these bytes: *same_as*, images, and *copies*, sealed bases; as `<id>:<size>:<version>`.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _JOURNALED
+    identity: DiskIdentity
+    sha256: str
+    sha512: str
+    is_damaged: bool = False  # parts of it could not be read, and count as zeros
+    same_as: tuple[str, ...] = ()
+    copies: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DiskSource:
     """What the hypervisor says of one disk of an instance."""
 
@@ -221,6 +238,24 @@ class AttemptRecord:
     digest_algorithm: str = ""
 
 
+class Protection(enum.StrEnum):
+    """What keeps a parent from being lost to a backup, strongest first by what a tenant can undo."""
+
+    POLICY = "policy"  # Glance refuses the image's deletion while it is marked, and only agents may mark
+    PROTECTED = "protected"  # protected=true: deletion is refused until a member of its project unprotects it
+    COPY = "copy"  # the base is a sealed object of its own in the destination
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Anchor:
+    """What one backing file is to one copy: an image in its cloud, or a sealed base in its destination."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _JOURNALED
+    path: str  # the backing file's
+    parent: str  # id of the image, or attempt of the sealed base
+    protection: Protection
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CopyRecord:
     """The copy that one destination is owed."""
@@ -236,6 +271,8 @@ class CopyRecord:
     verified_at_s: float | None = None
     request: Request | None = None  # the terms, where they are not the destination's own: an owner's
     retention_s: float | None = None  # or the rule's
+    anchors: tuple[Anchor, ...] = ()  # what `attempt` stands on
+    base_attempt: AttemptId | None = None  # a base of ours that is on its way there
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -49,8 +49,11 @@ class Destination:
     retention_s: Retention | None = None  # None: kept until somebody deletes it
     verify: Literal["fast", "readback"] = "fast"
     rate_bytes: Rate | None = None  # what may be sent there each second, by this host
+    parents: Literal["auto", "protect", "copy"] = "auto"  # how what a backup stands on is kept
 
     def __post_init__(self) -> None:
+        if self.parents == "protect" and self.store != "glance":
+            raise WrongAt('is "protect", which has a meaning only with store = "glance"; remove it', at=("parents",))
         for (key, word), needed in _NEEDS.items():
             if getattr(self, key) == word and not getattr(self, needed):
                 raise WrongAt(f'is missing; {key} = "{word}" needs it', at=(needed,))

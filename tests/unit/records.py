@@ -3,8 +3,10 @@
 import dataclasses
 
 from autobackup.model import (
+    Anchor,
     AttemptId,
     AttemptRecord,
+    BaseRecord,
     ChainLink,
     CopyRecord,
     CopyState,
@@ -18,6 +20,7 @@ from autobackup.model import (
     JobRecord,
     JobState,
     Occasion,
+    Protection,
     Request,
     RequestSource,
     ServerRecord,
@@ -28,6 +31,14 @@ UUID = InstanceId("6a0b2d0e-3c5f-4d62-9a57-0f8f0f0c1d2e")
 BASE = ChainLink(path="/var/lib/nova/instances/_base/da39a3ee5e6b4b0d3255bfef95601890afd80709", format="raw")
 BELOW = ChainLink(path="/srv/golden.qcow2", format="qcow2")
 IDENTITY = DiskIdentity(device=2049, inode=2**63, generation=2**32 - 1, size_bytes=10 << 30, mtime_ns=-1)
+BASE_RECORD = BaseRecord(
+    identity=IDENTITY,
+    sha256="3" * 64,
+    sha512="5" * 128,
+    is_damaged=True,
+    same_as=("155d900f:10737418240:00ff",),
+    copies=("b1:99:aa", "b2:98:"),
+)
 
 REQUEST = Request(
     project="5f705771f3824b2ab3bd4ad10e3ee0a2",
@@ -121,6 +132,11 @@ JOB = JobRecord(
             verified_at_s=1_700_000_001.25,
             request=REQUEST,
             retention_s=86400.25,
+            anchors=(
+                Anchor(path=BASE.path, parent="155d900f-4e14-4e4c-a73d-069cbf4541e6", protection=Protection.POLICY),
+                Anchor(path=BELOW.path, parent="b1", protection=Protection.COPY),
+            ),
+            base_attempt=AttemptId("b2"),
         )
         for state in CopyState
     ),

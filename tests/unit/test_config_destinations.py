@@ -50,6 +50,7 @@ ANYWHERE: Mapping[str, object] = {
     "retention": "30d",
     "verify": "readback",
     "rate": "1MiB",
+    "parents": "copy",  # "protect" alone has a meaning only with store = "glance"
 }
 
 
@@ -186,6 +187,26 @@ def test_a_destination_in_a_cloud_arrives_in_its_fields(folder: Folder) -> None:
         rate_bytes=10 << 20,
     )  # fmt: skip
     assert read.path is None
+
+
+# ---- parents ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("store", "key"), COMBINATIONS)
+@pytest.mark.parametrize("word", ["auto", "copy", "protect"])
+def test_only_where_there_are_images_can_they_be_asked_for(folder: Folder, store: str, key: str, word: str) -> None:
+    """An operator who wrote "protect" for a folder believes that no copy of a base lies in it."""
+    text = destination(whole(store, key) | {"parents": word})
+    if (store, word) != ("directory", "protect"):
+        assert folder.read(text).destination[0].parents == word
+        return
+    line = folder.refuse_once(text)
+    words = 'is "protect", which has a meaning only with store = "glance"; remove it'
+    assert line == f"{folder.main}: destination[1].parents: {words}"
+
+
+def test_left_out_the_parents_are_kept_as_is_best(folder: Folder) -> None:
+    assert folder.read(destination(whole("glance", "barbican"))).destination[0].parents == "auto"
 
 
 # ---- readers ----------------------------------------------------------------------------------------------------

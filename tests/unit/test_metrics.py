@@ -20,6 +20,7 @@ WRONG_UNITS = re.compile(r"_(ms|milliseconds?|minutes?|hours?|days?|s|kb|mb|gb|k
 # What each label may say is a set that the code or the configuration closes; no set grows with the instances.
 LABELS = {
     "destination": "names in the configuration",
+    "kind": "image or base",
     "outcome": "names of errors, and a few words",
     "reason": "names of errors",
     "source": "who told of a disk",

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.unit.records import INSTANCE, JOB, REQUEST, SERVER, UUID
+from tests.unit.records import BASE_RECORD, INSTANCE, JOB, REQUEST, SERVER, UUID
 
 from autobackup.errors import Damaged, RecordDamaged, Transient
 from autobackup.model import (
+    Anchor,
     AttemptRecord,
+    BaseRecord,
     ChainLink,
     CopyRecord,
     CopyState,
@@ -23,6 +25,7 @@ from autobackup.model import (
     JobRecord,
     JobState,
     Occasion,
+    Protection,
     RequestSource,
     VerdictKind,
     decode,
@@ -69,6 +72,7 @@ def test_the_full_records_leave_no_field_at_its_default() -> None:
         JOB.copies[1],
         JOB.copies[1].attempt,
         INSTANCE.disks[0],
+        BASE_RECORD,
     ):
         for field in dataclasses.fields(record):  # type: ignore[arg-type]
             assert getattr(record, field.name) != field.default, field.name
@@ -90,6 +94,11 @@ def test_an_instance_with_everything_set_comes_back_the_same() -> None:
     assert decoded(encode(INSTANCE), InstanceRecord) == INSTANCE
 
 
+def test_what_is_known_of_a_base_comes_back_the_same() -> None:
+    assert decoded(encode(BASE_RECORD), BaseRecord) == BASE_RECORD
+    assert type(decoded(encode(JOB)).copies[0].anchors[1].protection) is Protection
+
+
 def test_the_smallest_records_come_back_the_same() -> None:
     instance = InstanceRecord(instance=UUID)
     assert decoded(encode(instance), InstanceRecord) == instance
@@ -109,7 +118,8 @@ links = st.builds(ChainLink, path=short, format=short)
 chains = st.lists(links, max_size=2).map(tuple)
 identities = st.builds(DiskIdentity, generation=st.none() | st.integers())
 attempts = st.none() | st.builds(AttemptRecord, started_at_s=times)
-copies = st.builds(CopyRecord, attempt=attempts, not_before_s=times, verified_at_s=st.none() | times)
+anchors = st.lists(st.builds(Anchor), max_size=2).map(tuple)
+copies = st.builds(CopyRecord, attempt=attempts, not_before_s=times, verified_at_s=st.none() | times, anchors=anchors)
 sources = st.builds(
     InstanceRecord,
     disks=st.lists(st.builds(DiskSource, chain=chains), max_size=2).map(tuple),
@@ -151,6 +161,7 @@ def test_the_words_that_are_journaled_stay_what_they_are() -> None:
     assert " ".join(VerdictKind) == "terminated alive moved replaced undecided"
     assert " ".join(Occasion) == "terminate rebuild shelve-offload"
     assert " ".join(RequestSource) == "socket server image flavor"
+    assert " ".join(Protection) == "policy protected copy"
 
 
 def test_a_record_is_text_for_an_operator_and_ends_with_a_newline() -> None:
@@ -284,6 +295,10 @@ WRONG: list[tuple[tuple[str | int, ...], object]] = [
     (("occasion",), None),
     (("copies", 0, "retention_s"), "30d"),
     (("copies", 0, "request", "source"), "letter"),
+    (("copies", 0, "anchors"), None),
+    (("copies", 0, "anchors", 0, "protection"), "locked"),
+    (("copies", 0, "anchors", 1, "parent"), None),
+    (("copies", 0, "base_attempt"), 5),
     (("copies", 0, "request", "enabled"), "true"),
     (("source", "root_inode"), "12"),
     (("source", "server"), None),
