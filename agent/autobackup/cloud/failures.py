@@ -74,6 +74,13 @@ DELETE: Final[Mapping[int, Failure]] = {
     403: Failure(next=Next.PARK, remedy="the image is protected, or a policy forbids it; unprotect it if it may go"),
     409: Failure(next=Next.WAIT, remedy="the image is in use; tried again later"),
 }
+CHANGE: Final[Mapping[int, Failure]] = {
+    **_ANY,
+    403: Failure(
+        next=Next.PARK, remedy="it is not ours to change: a role is missing in its project, or a policy forbids it"
+    ),
+    409: Failure(next=Next.WAIT, remedy="somebody else changed it at the same time; tried again later"),
+}
 READ: Final[Mapping[int, Failure]] = {
     **_ANY,
     403: Failure(next=Next.PARK, remedy="it is not ours to read: a role is missing, or a policy forbids it"),
@@ -85,7 +92,7 @@ def failure(answer: Answer, table: Mapping[int, Failure], place: str) -> Autobac
     row = table.get(answer.status)
     if row is None or row.next is Next.PARK:
         remedy = f"; {row.remedy}" if row else ""
-        return CloudRefused(f"{place}: {answer.words}{remedy}")
+        return CloudRefused(f"{place}: {answer.words}{remedy}", status=answer.status)
     words = f"{place}: {answer.words}; {row.remedy}"
     return CloudUnavailable(words, status=answer.status, retry_after_s=answer.retry_after_s)
 

@@ -6,16 +6,18 @@ drops a filter that it does not know, and lists everything.
 """
 
 import asyncio
+import json as jsonlib
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Final
+from urllib.parse import quote
 
 import aiohttp
 
 from autobackup import logs
-from autobackup.cloud.failures import CREATE, DELETE, GONE, READ, UPLOAD, Failure, failure
+from autobackup.cloud.failures import CHANGE, CREATE, DELETE, GONE, READ, UPLOAD, Failure, failure
 from autobackup.cloud.session import Answer, ProjectSession, explanation
 from autobackup.cloud.upload import Upload
 from autobackup.errors import CloudRefused, CloudUnavailable
@@ -23,6 +25,7 @@ from autobackup.units import MiB
 
 _log = logs.get("cloud.glance")
 _IMAGES: Final = "/v2/images"
+_PATCH: Final = {"Content-Type": "application/openstack-images-v2.1-json-patch"}
 _PAGE: Final = "200"
 _READ_BYTES: Final = 1 * MiB
 _TRIES_WITHOUT_PROGRESS: Final = 5
@@ -41,6 +44,7 @@ class Image:
     hash_algorithm: str | None
     hash_value: str | None
     tags: frozenset[str]
+    protected: bool
     properties: Mapping[str, str]
 
 
@@ -53,7 +57,14 @@ class Glance:
         self._reply_timeout_s = reply_timeout_s
 
     async def create(
-        self, image_id: str | None, *, name: str, tags: Sequence[str], visibility: str, properties: Mapping[str, str]
+        self,
+        image_id: str | None,
+        *,
+        name: str,
+        tags: Sequence[str],
+        visibility: str,
+        properties: Mapping[str, object],
+        disk_format: str = "raw",
     ) -> Image | None:
         """A queued image, opaque to Glance. None if *image_id* is or was in use: an id is good for one image, ever."""
         wanted: dict[str, object] = {
@@ -61,7 +72,7 @@ class Glance:
             "name": name,
             "tags": list(tags),
             "visibility": visibility,
-            "disk_format": "raw",
+            "disk_format": disk_format,
             "container_format": "bare",
         }
         if image_id is not None:
@@ -130,6 +141,24 @@ class Glance:
         params = {"status": "active", "sort": "created_at:desc", "limit": "1"}
         page = self._succeeded(await self._session.call("image", "GET", _IMAGES, params=params), READ).json()
         return next(iter(_listed(page)[0]), None)
+
+    async def change(self, image_id: str, changes: Sequence[Mapping[str, object]]) -> Image:
+        """Apply the operations of a JSON patch, all or none. Raises by the table `CHANGE`."""
+        answer = await self._session.call(
+            "image", "PATCH", f"{_IMAGES}/{image_id}", data=jsonlib.dumps(list(changes)).encode(), headers=_PATCH
+        )
+        return _image(self._succeeded(answer, CHANGE).json())
+
+    async def tag(self, image_id: str, tag: str) -> None:
+        """Give it *tag*; one that it has is success."""
+        answer = await self._session.call("image", "PUT", f"{_IMAGES}/{image_id}/tags/{quote(tag, safe='')}")
+        self._succeeded(answer, CHANGE)
+
+    async def untag(self, image_id: str, tag: str) -> None:
+        """Take *tag* from it; none there is success."""
+        answer = await self._session.call("image", "DELETE", f"{_IMAGES}/{image_id}/tags/{quote(tag, safe='')}")
+        if answer.status not in GONE:
+            self._succeeded(answer, CHANGE)
 
     async def delete(self, image_id: str) -> None:
         """Nothing there is success."""
@@ -238,6 +267,7 @@ def _image(said: Any) -> Image:
             hash_algorithm=said.get("os_hash_algo"),
             hash_value=said.get("os_hash_value"),
             tags=frozenset(said.get("tags") or ()),
+            protected=said.get("protected") is True,
             properties={key: value for key, value in said.items() if isinstance(value, str)},
         )
     except (KeyError, TypeError, AttributeError) as exc:

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from tests.lab.openstack import identity
-from tests.lab.openstack.config import APPS, Site, glance_program
+from tests.lab.openstack.config import APPS, GLANCE_POLICY, PROPERTY_PROTECTIONS, Site, glance_program, use_policy
 from tests.lab.openstack.rest import Answer, request
 from tests.lab.openstack.seed import plant
 from tests.lab.openstack.services import (
@@ -43,13 +43,22 @@ class Cloud:
     """
     Use it as a context manager. With a *folder* of yours, its files stay there for you to look at.
 
-    *socket_timeout_s* is how long Glance's uWSGI bears a silent client. Threads may share a cloud.
+    *socket_timeout_s* is how long Glance's uWSGI bears a silent client. *guards_parents*: Glance has the policy and
+    the property protections of packaging/openstack. Threads may share a cloud.
     """
 
-    def __init__(self, folder: Path | None = None, *, socket_timeout_s: int = 10, glance_worker_count: int = 2) -> None:
+    def __init__(
+        self,
+        folder: Path | None = None,
+        *,
+        socket_timeout_s: int = 10,
+        glance_worker_count: int = 2,
+        guards_parents: bool = False,
+    ) -> None:
         self._given_folder = folder
         self._socket_timeout_s = socket_timeout_s
         self._glance_worker_count = glance_worker_count
+        self._guards_parents = guards_parents
         self._resources = contextlib.ExitStack()
         self._services: dict[str, Service] = {}
         self._tokens: dict[tuple[str, str], str] = {}
@@ -212,11 +221,11 @@ class Cloud:
             yield
 
     @contextlib.contextmanager
-    def glance_with(self, **default_section: str) -> Iterator[str]:
-        """A second Glance on the same database and file store with other [DEFAULT] options; its URL."""
+    def glance_with(self, *, policy: Path | None = None, **default_section: str) -> Iterator[str]:
+        """A second Glance on the same database and file store with other [DEFAULT] options, or a policy; its URL."""
         name = f"glance-{next(self._counter)}"
         listener = Listener()
-        config = self._site.glance(name=name, url=listener.url, default=default_section)
+        config = self._site.glance(name=name, url=listener.url, policy=policy, default=default_section)
         program = glance_program(config, process_count=1, socket_timeout_s=self._socket_timeout_s)
         with self._second(name, program=program, listener=listener, health=_HEALTH["glance"]):
             yield listener.url
@@ -267,8 +276,12 @@ class Cloud:
         return self._site.barbican_program()
 
     def _glance(self) -> Program:
+        options = {}
+        if self._guards_parents:
+            use_policy(self.policy_file("glance"), GLANCE_POLICY.read_text())
+            options["property_protection_file"] = str(PROPERTY_PROTECTIONS)
         return glance_program(
-            self._site.glance(url=self.glance_url),
+            self._site.glance(url=self.glance_url, default=options),
             process_count=self._glance_worker_count,
             socket_timeout_s=self._socket_timeout_s,
         )

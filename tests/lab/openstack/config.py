@@ -17,9 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from tests.lab.openstack.services import Program, venv
+from tests.lab.openstack.services import ROOT, Program, venv
 
 APPS: Final = ("keystone", "barbican", "glance")
+
+GLANCE_POLICY: Final = ROOT / "packaging/openstack/glance-policy.yaml"
+PROPERTY_PROTECTIONS: Final = ROOT / "packaging/openstack/glance-property-protections.conf"
 
 Sections = Mapping[str, Mapping[str, object]]
 
@@ -98,8 +101,19 @@ class Site:
             },
         )
 
-    def glance(self, *, name: str = "glance", url: str = "", default: Mapping[str, str] | None = None) -> Path:
-        """Write `<name>/glance-api.conf`, which may be for a second Glance on the same database and file store."""
+    def glance(
+        self,
+        *,
+        name: str = "glance",
+        url: str = "",
+        policy: Path | None = None,
+        default: Mapping[str, str] | None = None,
+    ) -> Path:
+        """
+        Write `<name>/glance-api.conf`, which may be for a second Glance on the same database and file store.
+
+        Without a *policy* of its own it has the first one's.
+        """
         home = self.folder / "glance"
         return write(
             self.folder / name / "glance-api.conf",
@@ -116,7 +130,7 @@ class Site:
                 "files": {"filesystem_store_datadir": self.images},
                 "os_glance_staging_store": {"filesystem_store_datadir": home / "staging"},
                 "os_glance_tasks_store": {"filesystem_store_datadir": home / "tasks"},
-                "oslo_policy": {"policy_file": home / "policy.yaml"},
+                "oslo_policy": {"policy_file": policy or home / "policy.yaml"},
                 "oslo_concurrency": {"lock_path": home / "lock"},
                 "paste_deploy": {"flavor": "keystone", "config_file": venv() / "etc/glance/glance-api-paste.ini"},
                 "keystone_authtoken": self.authtoken("glance", service_type="image"),
@@ -173,6 +187,16 @@ def glance_program(config: Path, *, process_count: int, socket_timeout_s: int) -
 
 def database_url(path: Path) -> str:
     return f"sqlite:///{path}?timeout=60"
+
+
+def use_policy(path: Path, text: str) -> None:
+    """From the next request on, of whichever service reads *path*."""
+    new = path.with_suffix(".new")
+    new.write_text(text)
+    # It is read again when it is younger than what was read, and the clock of files ticks every 4 ms.
+    if path.exists() and new.stat().st_mtime_ns < (latest_ns := path.stat().st_mtime_ns + 1_000_000):
+        os.utime(new, ns=(latest_ns, latest_ns))
+    new.rename(path)
 
 
 def write(path: Path, sections: Sections) -> Path:

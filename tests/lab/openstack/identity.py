@@ -32,22 +32,28 @@ ROLES: Final = (
     *("autobackup", "creator", "observer", "audit", "key-manager:service-admin", "autobackup-restore"),
     INSPECTOR,
 )
-PROJECTS: Final = ("service", "tenant-a", "tenant-b", "vault", "no-consent", "elsewhere")
+PROJECTS: Final = ("service", "tenant-a", "tenant-b", "vault", "no-consent", "elsewhere", "images")
+"""`images` owns the public ones that others boot from."""
 
 _AGENT: Final = ("member", "creator", "autobackup")  # old Barbican policies ask for creator, new ones for member
 USERS: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
     "glance": {"service": ("admin", "service")},
     "barbican": {"service": ("admin", "service")},
     "nova": {"service": ("admin", "service")},
-    "autobackup": {"service": ("service", "member"), "tenant-a": _AGENT, "tenant-b": _AGENT, "vault": _AGENT},
+    "autobackup": {
+        "service": ("service", "member"),
+        **dict.fromkeys(("tenant-a", "tenant-b", "vault", "images"), _AGENT),
+    },
     "alice": {"tenant-a": ("member",)},
     "bob": {"tenant-b": ("member",)},
     "carol": {"tenant-a": ("reader",)},
     "erin": {"tenant-a": ("member", "autobackup-restore")},
     INSPECTOR: {"service": (INSPECTOR,)},
+    "ivy": {"images": ("member",)},
     "legacy": {"tenant-a": ("creator",)},  # Barbican's old role alone
     "mallory": {"elsewhere": ("member",)},
     "rita": {"tenant-a": ("reader",)},  # to be named as a reader of keys
+    "rory": {"tenant-a": ("autobackup-restore",), "vault": ("autobackup-restore",)},  # and no other
     "vera": {"vault": ("member",)},
 }
 """user -> project -> roles. In `no-consent` nobody has one."""

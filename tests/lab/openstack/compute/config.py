@@ -4,6 +4,7 @@ Where one Nova is, and what it is told: `<cloud>/nova/` with nova.conf, its data
 As upstream has it but for paths and passwords, unless a comment says why.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -37,7 +38,7 @@ class NovaSite:
             (self.folder / name).mkdir(parents=True)
         self.policy.write_text("{}\n")
 
-    def configure(self, site: Site, *, ports_url: str = "") -> None:
+    def configure(self, site: Site, *, ports_url: str = "", default: Mapping[str, str] | None = None) -> None:
         token = site.authtoken("nova", service_type="compute")
         login = ("auth_type", "auth_url", "username", "password", "project_name", "user_domain_id", "project_domain_id")
         write(
@@ -49,6 +50,7 @@ class NovaSite:
                     "state_path": self.folder,
                     "instances_path": self.folder / "instances",
                     "transport_url": "fake://",  # nobody listens: what would be cast to a nova-compute is lost
+                    **(default or {}),
                 },
                 "api_database": self._options("api"),
                 "database": self._options("cell0"),

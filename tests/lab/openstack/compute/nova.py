@@ -27,6 +27,7 @@ from tests.lab.openstack.cloud import Cloud
 from tests.lab.openstack.compute.config import NovaSite, missing_nova
 from tests.lab.openstack.compute.ports import Ports
 from tests.lab.openstack.compute.seed import plant
+from tests.lab.openstack.config import use_policy
 from tests.lab.openstack.identity import ADMIN, INSPECTOR, REGION
 from tests.lab.openstack.rest import Answer
 from tests.lab.openstack.services import CloudError, Listener, Service, environment, tail, venv
@@ -42,15 +43,16 @@ _ROWS_STOP_TIMEOUT_S: Final = 10.0
 
 class Nova:
     """
-    Use it as a context manager, on a cloud that outlives it; one at a time on each.
+    Use it as a context manager, on a cloud that outlives it; one at a time on each. It may have [DEFAULT] options.
 
     While it runs the cloud's catalogue has a `compute` endpoint. Threads may share it.
     """
 
     DETAIL: Final = "/v2.1/servers/detail?all_tenants=1"
 
-    def __init__(self, cloud: Cloud) -> None:
+    def __init__(self, cloud: Cloud, **default_section: str) -> None:
         self._cloud = cloud
+        self._default_section = default_section
         self._site = NovaSite(folder=cloud.folder / "nova")
         self._resources = contextlib.ExitStack()
         self._lock = threading.Lock()
@@ -111,13 +113,7 @@ class Nova:
     def use_policy(self, rules: Mapping[str, str] | str) -> None:
         """From the next request on; a file's text, or rules alone."""
         text = rules if isinstance(rules, str) else json_module.dumps(dict(rules))  # JSON is YAML
-        new = self._site.policy.with_suffix(".new")
-        new.write_text(text)
-        # Nova reads it again when it is younger than what it read, and the clock of files ticks every 4 ms.
-        latest_ns = self._site.policy.stat().st_mtime_ns + 1_000_000
-        if new.stat().st_mtime_ns < latest_ns:
-            os.utime(new, ns=(latest_ns, latest_ns))
-        new.rename(self._site.policy)
+        use_policy(self._site.policy, text)
 
     def policy_defaults(self) -> dict[str, str]:
         """Every rule that Nova has and what it is as long as no policy file names it."""
@@ -213,7 +209,7 @@ class Nova:
         self._resources.callback(ports.close)
         self._resources.callback(shutil.rmtree, self._site.folder, ignore_errors=True)
         self._site.make()
-        self._site.configure(self._cloud.site, ports_url=ports.url)
+        self._site.configure(self._cloud.site, ports_url=ports.url, default=self._default_section)
         plant(self._site)
         listener = Listener()
         self._resources.callback(listener.socket.close)
