@@ -397,7 +397,7 @@ async def test_a_list_whose_next_page_leads_elsewhere_or_in_a_circle_ends(
 def image(status: str = "queued", **more: object) -> Image:
     made = Image(
         id="i", status=status, owner="p", size_bytes=5, checksum=None, hash_algorithm="sha512", hash_value="aa",
-        tags=frozenset(), properties={},
+        tags=frozenset(), protected=False, properties={},
     )  # fmt: skip
     return replace(made, **more)  # type: ignore[arg-type]
 

@@ -68,6 +68,9 @@ class BarbicanKeys:
             raise KeyRefused(f"{self._session.place}: secret {secret} holds {len(key)} bytes, which are no data key")
         return key
 
+    async def circle(self) -> str:
+        return f"barbican {' '.join(sorted(self._readers))} {'members' if self._project_access else ''}"
+
     async def settle(self, attempt: AttemptId) -> None:
         """Nothing is remembered of a key."""
 

@@ -3,7 +3,8 @@ The `directory` store: a folder of sealed bundles, each with its metadata beside
 
     <root>/<attempt>.autobackup     the sealed bundle, 0600
     <root>/<attempt>.json           size, digest, properties; for people, `sha512sum` and `list`
-    <root>/.partial-<attempt>*      a put that has not ended
+    <root>/.partial-<attempt>*      a put that has not ended; `….parents` tells what it will stand on
+    <root>/<attempt>.retired        a base that nothing new is to stand on
 
 An object exists when its bundle has its name. The bundle is synced, then its metadata, then both get their names,
 then the folder is synced: a crash leaves a partial, which `delete` removes, or the whole.
@@ -18,23 +19,23 @@ import hashlib
 import json
 import os
 import re
-import threading
 from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, ParamSpec, TypeVar
 
 from autobackup import logs
-from autobackup.errors import RecordDamaged, StoreRefused, StoreUnavailable
+from autobackup.errors import StoreRefused, StoreUnavailable
 from autobackup.host.filesystems import sync_folder
 from autobackup.host.priority import be_nice
 from autobackup.model import AttemptId
-from autobackup.stores.interface import Body, Chunk, Stored
+from autobackup.stores.interface import BASE, PARENTS, Begun, Body, Stored
+from autobackup.stores.partial_file import PARENTS_SUFFIX, Partial
 from autobackup.units import MiB, format_bytes
 
 _log = logs.get("stores.directory")
 _SUFFIX: Final = ".autobackup"
+_PARTIAL: Final = ".partial-"
 _ATTEMPT: Final = re.compile(r"[0-9a-f-]{36}")
-_SYNC_EVERY_BYTES: Final = 64 * MiB  # keeps the dirty pages of one put, and the last fsync, small
 _STREAM_BYTES: Final = 1 * MiB  # one hop to a thread costs as much as 50 KiB
 _HASH_PIECE_BYTES: Final = 1 * MiB
 _HASH_CALL_BYTES: Final = 16 * MiB  # between two looks at the deadline and at a cancellation
@@ -67,11 +68,15 @@ class DirectoryStore:
     async def check(self) -> None:
         await self._call(self._check)
 
-    async def put(self, attempt: AttemptId, body: Body, *, properties: Mapping[str, str]) -> None:
+    async def put(
+        self, attempt: AttemptId, body: Body, *, properties: Mapping[str, str], begun: Begun | None = None
+    ) -> None:
         await self._call(self._check)
-        partial = _Partial(self._at(attempt, ".partial-"), self._bundle(attempt))
+        partial = Partial(self._at(attempt, _PARTIAL), self._bundle(attempt))
         try:
-            await self._call(partial.open)
+            await self._call(partial.open, parents=properties.get(PARENTS, ""))
+            if begun is not None:
+                await begun()
             async for chunk in body:
                 await self._call(partial.write, chunk)
             metadata = {
@@ -113,6 +118,32 @@ class DirectoryStore:
     async def held(self) -> list[Stored]:
         return await self._call(self._held)
 
+    async def children(self, parent: str) -> list[AttemptId]:
+        return await self._call(self._children, parent)
+
+    async def link(self, attempt: AttemptId, parent: str) -> None:
+        await self._call(self._set_parents, attempt, lambda known: {**known, parent: None})
+
+    async def unlink(self, attempt: AttemptId, parent: str) -> None:
+        await self._call(self._set_parents, attempt, lambda known: {one: None for one in known if one != parent})
+
+    async def everything(self) -> list[AttemptId]:
+        return [stored.attempt for stored in await self.held()]
+
+    async def bases(self, content: str | None = None) -> list[Stored]:
+        return [
+            stored
+            for stored in await self.held()
+            if (
+                BASE in stored.properties
+                if content is None
+                else stored.properties.get(BASE) == content and not stored.retired
+            )
+        ]
+
+    async def retire(self, attempt: AttemptId) -> None:
+        await self._call(self._retire, attempt)
+
     async def unfinished(self, agent_id: str) -> list[AttemptId]:
         return []  # a partial does not say whose it is; each is deleted with its attempt
 
@@ -153,7 +184,7 @@ class DirectoryStore:
             )
 
     def _stat(self, attempt: AttemptId) -> Stored:
-        size_bytes = os.stat(self._bundle(attempt), follow_symlinks=False).st_size
+        found = os.stat(self._bundle(attempt), follow_symlinks=False)
         path = self._metadata(attempt)
         try:
             with open(path, "rb") as file:
@@ -161,14 +192,56 @@ class DirectoryStore:
             properties = {str(key): str(value) for key, value in words["properties"].items()}
         except FileNotFoundError:
             properties = {}  # the bundle describes itself; the metadata is for convenience
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
-            raise RecordDamaged(f"{path}: not the metadata of a sealed bundle") from exc
-        return Stored(attempt=attempt, size_bytes=size_bytes, properties=properties)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            words = f"{path}: not the metadata of a sealed bundle"
+            _log.warning("metadata.damaged", error=words, consequence="known without its properties")
+            properties = {}
+        retired = os.path.lexists(self._retired(attempt))
+        return Stored(
+            attempt=attempt, size_bytes=found.st_size, properties=properties, retired=retired,
+            version=f"{found.st_ino}.{found.st_mtime_ns}",
+        )  # fmt: skip
+
+    def _children(self, parent: str) -> list[AttemptId]:
+        found = set()
+        for name in os.listdir(self.root):
+            if name.startswith(_PARTIAL) and name.endswith(PARENTS_SUFFIX):
+                with (
+                    contextlib.suppress(FileNotFoundError),
+                    open(os.path.join(self.root, name), encoding="ascii") as file,
+                ):
+                    if parent in file.read().split():
+                        found.add(AttemptId(name.removeprefix(_PARTIAL).removesuffix(PARENTS_SUFFIX)))
+        # after what is under way: a put that ends meanwhile is in either
+        found |= {stored.attempt for stored in self._held() if parent in stored.properties.get(PARENTS, "").split()}
+        return sorted(found)
+
+    def _set_parents(self, attempt: AttemptId, change: Callable[[dict[str, None]], dict[str, None]]) -> None:
+        properties = dict(self._stat(attempt).properties)
+        properties[PARENTS] = " ".join(change(dict.fromkeys(properties.get(PARENTS, "").split())))
+        path = self._metadata(attempt)
+        with open(path, "rb") as file:
+            words = json.loads(file.read(MiB))
+        with open(path + ".new", "wb") as file:
+            file.write(json.dumps(words | {"properties": properties}, indent=1).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + ".new", path)
+        sync_folder(self.root)
+
+    def _retire(self, attempt: AttemptId) -> None:
+        self._require_there()
+        with open(self._retired(attempt), "wb") as file:
+            os.fsync(file.fileno())
+        sync_folder(self.root)
 
     def _delete(self, attempt: AttemptId) -> None:
-        partial = self._at(attempt, ".partial-")
+        partial = self._at(attempt, _PARTIAL)
         self._require_there()
-        for path in (self._bundle(attempt), self._metadata(attempt), partial, partial + ".json"):
+        for path in (
+            self._bundle(attempt), self._metadata(attempt), self._retired(attempt),
+            partial, partial + ".json", partial + PARENTS_SUFFIX,
+        ):  # fmt: skip
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
         sync_folder(self.root)
@@ -180,21 +253,15 @@ class DirectoryStore:
             attempt = AttemptId(name.removesuffix(_SUFFIX))
             if name.endswith(_SUFFIX) and _ATTEMPT.fullmatch(attempt):
                 with contextlib.suppress(FileNotFoundError):  # deleted since it was listed
-                    stored = self._described(attempt)
+                    stored = self._stat(attempt)
                     found.append((os.lstat(self._bundle(attempt)).st_mtime_ns, stored))
         return [stored for _, stored in sorted(found, key=lambda one: (one[0], one[1].attempt))]
 
-    def _described(self, attempt: AttemptId) -> Stored:
-        """As `_stat`, but one damaged description does not hide what else is held."""
-        try:
-            return self._stat(attempt)
-        except RecordDamaged as exc:
-            _log.warning("metadata.damaged", error=str(exc), consequence="listed without its properties")
-            size_bytes = os.stat(self._bundle(attempt), follow_symlinks=False).st_size
-            return Stored(attempt=attempt, size_bytes=size_bytes, properties={})
-
     def _bundle(self, attempt: AttemptId) -> str:
         return self._at(attempt, suffix=_SUFFIX)
+
+    def _retired(self, attempt: AttemptId) -> str:
+        return self._at(attempt, suffix=".retired")
 
     def _metadata(self, attempt: AttemptId) -> str:
         return self._at(attempt, suffix=".json")
@@ -203,93 +270,6 @@ class DirectoryStore:
         if _ATTEMPT.fullmatch(attempt) is None:
             raise StoreRefused(f"{attempt!r} is not the id of a sealed bundle")
         return os.path.join(self.root, prefix + attempt + suffix)
-
-
-class _Partial:
-    """
-    A file on its way to a name.
-
-    One call at a time, whichever thread it comes from: who gave up waiting for one discards while it may still run.
-    Names are relative to the folder as it was at the start: one that is unmounted or renamed in the middle gets the
-    whole file or nothing, and what lies below the mount point gets nothing at all.
-    """
-
-    def __init__(self, path: str, final: str) -> None:
-        self._path = path
-        self._final = final
-        self._lock = threading.Lock()
-        self._fd = self._folder_fd = -1
-        self._made: list[str] = []  # names of files of ours that have no name in the store yet
-        self._is_discarded = False
-        self._unsynced_bytes = self._synced_bytes = 0
-
-    def open(self) -> None:
-        with self._lock:
-            self._require_wanted()
-            if os.path.lexists(self._final):
-                raise StoreRefused(f"{self._final}: exists; an attempt id is used once")
-            self._folder_fd = os.open(os.path.dirname(self._final), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                self._fd = self._make(os.path.basename(self._path))
-            except FileExistsError:
-                raise StoreRefused(f"{self._path}: exists; an attempt id is used once") from None
-
-    def write(self, chunk: Chunk) -> None:
-        with self._lock, memoryview(chunk) as view:
-            at = 0
-            while at < len(view):
-                at += os.write(self._fd, view[at:])
-            self._unsynced_bytes += len(view)
-            if self._unsynced_bytes >= _SYNC_EVERY_BYTES:
-                self._sync()
-
-    def commit(self, metadata_path: str, metadata: bytes) -> None:
-        with self._lock:
-            self._sync()
-            name = os.path.basename(self._path)
-            with open(self._make(name + ".json"), "wb") as file:
-                file.write(metadata)
-                file.flush()
-                os.fsync(file.fileno())
-            self._rename(name + ".json", os.path.basename(metadata_path))
-            self._rename(name, os.path.basename(self._final))
-            self._made.clear()
-            os.fsync(self._folder_fd)
-            self._close()
-
-    def discard(self) -> None:
-        with self._lock:
-            self._is_discarded = True
-            for leftover in self._made:
-                with contextlib.suppress(OSError):
-                    os.unlink(leftover, dir_fd=self._folder_fd)
-            self._close()
-
-    def _make(self, name: str) -> int:
-        self._require_wanted()
-        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
-        fd = os.open(name, flags, 0o600, dir_fd=self._folder_fd)
-        self._made.append(name)
-        return fd
-
-    def _require_wanted(self) -> None:
-        if self._is_discarded:
-            raise StoreUnavailable(f"{self._path}: given up before it was begun")
-
-    def _rename(self, old: str, new: str) -> None:
-        os.rename(old, new, src_dir_fd=self._folder_fd, dst_dir_fd=self._folder_fd)
-
-    def _close(self) -> None:
-        fds, self._fd, self._folder_fd = (self._fd, self._folder_fd), -1, -1
-        for fd in fds:
-            if fd >= 0:
-                os.close(fd)
-
-    def _sync(self) -> None:
-        os.fdatasync(self._fd)
-        os.posix_fadvise(self._fd, self._synced_bytes, self._unsynced_bytes, os.POSIX_FADV_DONTNEED)
-        self._synced_bytes += self._unsynced_bytes
-        self._unsynced_bytes = 0
 
 
 def _hash_some(path: str, offset: int, digest: "hashlib._Hash") -> int:

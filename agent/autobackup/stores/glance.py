@@ -3,7 +3,7 @@ The `glance` store: an image for each sealed bundle, owned by the destination's 
 
     id          the attempt's, which is journaled before; an id that was deleted is never free again, so a second image
                 for one attempt gets an id of Glance's choice, and is found by its tag
-    tags        `autobackup`, `autobackup:<attempt>`
+    tags        `autobackup`, `autobackup:<attempt>`, `autobackup:parent:<id>` for each that it stands on
     properties  `autobackup_*` as they were given, others with a prefix; plus Nova's and the encryption spec's words
                 for whoever looks at images without knowing us
 
@@ -14,10 +14,9 @@ answer (`cloud.failures.recovery`).
 
 import asyncio
 import hashlib
-import json
-import re
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
+from types import MappingProxyType
 from typing import Final, TypeGuard
 
 from autobackup import logs
@@ -36,17 +35,25 @@ from autobackup.errors import (
     StoreUnavailable,
 )
 from autobackup.model import AttemptId
-from autobackup.stores.interface import Body, Stored
+from autobackup.stores.image_words import (
+    ATTEMPT,
+    RETIRED,
+    TAG,
+    attempt_of,
+    best_of_each,
+    image_properties,
+    plain,
+    rank,
+    stored_of,
+    undescribed,
+)
+from autobackup.stores.interface import BASE, KIND, KIND_BASE, PARENTS, Begun, Body, Stored
 
 _log = logs.get("stores.glance")
-_ATTEMPT: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-_TAG: Final = "autobackup"
-_MARK: Final = "autobackup_attempt"  # gone or another: somebody edited the properties
-_OURS: Final = "autobackup_"
-_OTHERS: Final = "autobackup_property_"  # a name that is not ours could be one of Glance's own
-_ESCAPED: Final = "json:"
+_PARENT: Final = "autobackup:parent:"
 _DEFAULT_ALGORITHM: Final = "sha512"
 _PUTS: Final = 3
+_NEVER_WHOLE: Final = frozenset({"queued", "saving", "uploading", "importing", "killed", "deleted", "pending_delete"})
 _SETTLES_S: Final = 30.0  # how long Glance may take to make up its mind after an answer was lost
 _SETTLE_PAUSE_S: Final = 1.0
 
@@ -86,18 +93,29 @@ class GlanceStore:
         if newest is not None and _is_hash(newest.hash_algorithm):
             self._algorithm = newest.hash_algorithm
 
-    async def put(self, attempt: AttemptId, body: Body, *, properties: Mapping[str, str]) -> None:
+    async def put(
+        self, attempt: AttemptId, body: Body, *, properties: Mapping[str, str], begun: Begun | None = None
+    ) -> None:
         _require_id(attempt)
         await self.check()
         with _as_store_errors():
             image = await self._create(attempt, properties)
             for member in self._members:  # before the data: a backup that is sent must not be lost for a name
                 await self._glance.share(image.id, member)
+        if begun is not None:
+            await begun()
+        with _as_store_errors():
             await self._send(image, body)
 
     async def stat(self, attempt: AttemptId) -> Stored:
         with _as_store_errors():
-            return _stored(await self._whole(attempt), await self._project())
+            image, project = await self._whole(attempt), await self._project()
+        try:
+            return stored_of(image, project)
+        except RecordDamaged:
+            if image.id != attempt:
+                raise
+            return undescribed(image, attempt, project)  # whatever somebody made of its words, it is this image
 
     async def digest(self, attempt: AttemptId) -> str:
         digest = hashlib.new(self._algorithm)
@@ -126,21 +144,64 @@ class GlanceStore:
     async def held(self) -> list[Stored]:
         with _as_store_errors():
             project = await self._project()
-            images = await self._tagged(_TAG, status="active")  # what was shared with us once we accepted it
+            images = await self._tagged(
+                TAG, filters={"status": "active"}
+            )  # what was shared with us once we accepted it
         held = []
-        for image in _best_of_each(images, project):
+        for image in best_of_each(images, project):
             try:
-                held.append(_stored(image, project))
+                held.append(stored_of(image, project))
             except RecordDamaged as exc:
                 _log.warning("properties.damaged", error=str(exc), consequence="listed without its properties")
-                held.append(Stored(attempt=_attempt_of(image), size_bytes=image.size_bytes or 0, properties={}))
+                held.append(Stored(attempt=attempt_of(image), size_bytes=image.size_bytes or 0, properties={}))
         return held
+
+    async def children(self, parent: str) -> list[AttemptId]:
+        with _as_store_errors():
+            tag, owner = _PARENT + parent, await self._project()
+            images = await self._glance.list(tag=tag, owner=owner)
+            images += await self._glance.list(tag=tag, owner=owner, os_hidden="true")
+        return sorted({attempt_of(image) for image in images})
+
+    async def link(self, attempt: AttemptId, parent: str) -> None:
+        with _as_store_errors():
+            await self._glance.tag((await self._whole(attempt)).id, _PARENT + parent)
+
+    async def unlink(self, attempt: AttemptId, parent: str) -> None:
+        with _as_store_errors():
+            await self._glance.untag((await self._whole(attempt)).id, _PARENT + parent)
+
+    async def everything(self) -> list[AttemptId]:
+        with _as_store_errors():
+            owner = await self._project()
+            images = await self._glance.list(owner=owner)
+            images += await self._glance.list(owner=owner, os_hidden="true")
+        return [AttemptId(image.id) for image in images if image.status not in _NEVER_WHOLE]  # a deactivated one was
+
+    async def bases(self, content: str | None = None) -> list[Stored]:
+        with _as_store_errors():
+            project = await self._project()
+            wanted = {KIND: KIND_BASE} if content is None else {BASE: content}
+            images = await self._tagged(TAG, filters={"status": "active", "owner": project, **wanted})
+        held = []
+        for image in images:
+            try:
+                held.append(stored_of(image, project))
+            except RecordDamaged as exc:
+                _log.warning("properties.damaged", error=str(exc), consequence="no longer known as a base")
+        return [stored for stored in held if content is None or not stored.retired]
+
+    async def retire(self, attempt: AttemptId) -> None:
+        _require_id(attempt)
+        with _as_store_errors():
+            for image in await self._all_of(attempt):
+                await self._glance.tag(image.id, RETIRED)
 
     async def unfinished(self, agent_id: str) -> list[AttemptId]:
         with _as_store_errors():
             owner = await self._project()
-            images = await self._glance.list(tag=_TAG, owner=owner, autobackup_agent=agent_id)
-            begun = {_attempt_of(image) for image in images if image.status in ("queued", "saving")}
+            images = await self._glance.list(tag=TAG, owner=owner, autobackup_agent=agent_id)
+            begun = {attempt_of(image) for image in images if image.status in ("queued", "saving")}
             # an attempt that is held is not to be removed because somebody gave its tag to another image
             return [
                 attempt
@@ -151,13 +212,13 @@ class GlanceStore:
     # ---- inside -----------------------------------------------------------------------------------------
 
     async def _create(self, attempt: AttemptId, properties: Mapping[str, str]) -> Image:
-        words = _image_properties(attempt, properties)
+        words = image_properties(attempt, properties)
         name = properties.get("autobackup_instance_name") or properties.get("autobackup_instance") or attempt
         for image_id in (attempt, None):
             image = await self._glance.create(
                 image_id,
-                name=_plain(f"autobackup of {name}")[:255],
-                tags=(_TAG, f"{_TAG}:{attempt}"),
+                name=plain(f"autobackup of {name}")[:255],
+                tags=(TAG, f"{TAG}:{attempt}", *(_PARENT + one for one in properties.get(PARENTS, "").split())),
                 visibility="shared" if self._members else "private",
                 properties=words,
             )
@@ -211,12 +272,14 @@ class GlanceStore:
         """
         project = await self._project()
         first = await self._glance.get(attempt)
-        tagged = await self._glance.list(tag=f"{_TAG}:{attempt}", owner=project)
-        tagged += await self._glance.list(tag=f"{_TAG}:{attempt}", owner=project, os_hidden="true")
+        tagged = await self._glance.list(tag=f"{TAG}:{attempt}", owner=project)
+        tagged += await self._glance.list(tag=f"{TAG}:{attempt}", owner=project, os_hidden="true")
         found = {image.id: image for image in ([first] if first else []) + tagged}
         return [image for image in found.values() if image.owner == project]
 
-    async def _tagged(self, tag: str, *, with_pending: bool = False, **filters: str) -> list[Image]:
+    async def _tagged(
+        self, tag: str, *, with_pending: bool = False, filters: Mapping[str, str] = MappingProxyType({})
+    ) -> list[Image]:
         """Every image that we may read; oldest first, as far as Glance's seconds tell."""
         images = await self._glance.list(tag=tag, **filters)
         images += await self._glance.list(tag=tag, os_hidden="true", **filters)
@@ -231,31 +294,13 @@ class GlanceStore:
         project = await self._project()
         image = await self._glance.get(attempt)
         if image is None or image.owner != project or image.status != "active":
-            images = ([image] if image else []) + await self._tagged(f"{_TAG}:{attempt}", with_pending=True)
-            image = min(images, key=lambda one: _rank(one, attempt, project), default=None)
+            images = ([image] if image else []) + await self._tagged(f"{TAG}:{attempt}", with_pending=True)
+            image = min(images, key=lambda one: rank(one, attempt, project), default=None)
         if image is None:
             raise StoreRefused(f"{self._session.place}: image {attempt}: not there, or not ours to see")
         if image.status != "active":
             raise StoreRefused(f"{self._session.place}: image {image.id} is {image.status}: not all of it was stored")
         return image
-
-
-def _best_of_each(images: Sequence[Image], project: str) -> list[Image]:
-    """One image for each attempt, in the order given."""
-    chosen: dict[AttemptId, Image] = {}
-    for image in sorted(images, key=lambda one: _rank(one, _attempt_of(one), project)):
-        chosen.setdefault(_attempt_of(image), image)
-    ids = {image.id for image in chosen.values()}
-    return [image for image in images if image.id in ids]
-
-
-def _rank(image: Image, attempt: AttemptId, project: str) -> tuple[bool, bool, bool]:
-    """
-    Which image of several is *attempt*'s: the least. Ours before one that was shared with us, whoever tagged it how.
-
-    Of others', the one with the id: nobody can choose that of an image that was there before. Then the oldest.
-    """
-    return image.owner != project, image.status != "active", image.id != attempt
 
 
 @contextmanager
@@ -278,65 +323,5 @@ def _is_hash(algorithm: object) -> TypeGuard[str]:
 
 
 def _require_id(attempt: AttemptId) -> None:
-    if _ATTEMPT.fullmatch(attempt) is None:
+    if ATTEMPT.fullmatch(attempt) is None:
         raise StoreRefused(f"{attempt!r} is not the id of a sealed bundle")
-
-
-def _image_properties(attempt: AttemptId, properties: Mapping[str, str]) -> dict[str, str]:
-    words = {key if key.startswith(_OURS) else _OTHERS + key: _encoded(value) for key, value in properties.items()}
-    words |= {_MARK: attempt, "image_type": "autobackup"}
-    if instance := properties.get("autobackup_instance"):
-        words["instance_uuid"] = instance
-    if secret := properties.get("autobackup_key_ref"):
-        # the words of the image encryption spec; nothing acts on them, and the key's end is ours to bring
-        words |= {
-            "os_encrypt_format": "AES256-GCM-HKDF",
-            "os_encrypt_key_id": secret,
-            "os_encrypt_key_deletion_policy": "do_not_delete",
-        }
-    return words
-
-
-def _stored(image: Image, project: str) -> Stored:
-    attempt = _attempt_of(image)
-    if image.properties.get(_MARK) != attempt:
-        raise RecordDamaged(f"image {image.id}: somebody edited its autobackup_* properties")
-    properties = {
-        key.removeprefix(_OTHERS): _decoded(value, image)
-        for key, value in image.properties.items()
-        if key.startswith(_OURS) and key != _MARK
-    }
-    return Stored(
-        attempt=attempt,
-        size_bytes=image.size_bytes or 0,
-        properties=properties,
-        digest_algorithm=image.hash_algorithm or "",
-        digest=image.hash_value or "",
-        shared_by="" if image.owner == project else image.owner,
-    )
-
-
-def _attempt_of(image: Image) -> AttemptId:
-    """By its tag; by its own words or the least of them where somebody gave it several."""
-    tagged = sorted(tag.removeprefix(f"{_TAG}:") for tag in image.tags if tag.startswith(f"{_TAG}:"))
-    known = [text for text in tagged if _ATTEMPT.fullmatch(text)] or [image.id]
-    own = [text for text in (image.properties.get(_MARK, ""), image.id) if text in known]
-    return AttemptId((own or known)[0])
-
-
-def _encoded(value: str) -> str:
-    """Glance takes no character beyond the Basic Multilingual Plane: MySQL's utf8 would not hold it."""
-    return _ESCAPED + json.dumps(value) if _plain(value) != value or value.startswith(_ESCAPED) else value
-
-
-def _decoded(value: str, image: Image) -> str:
-    if not value.startswith(_ESCAPED):
-        return value
-    try:
-        return str(json.loads(value.removeprefix(_ESCAPED)))
-    except ValueError:
-        raise RecordDamaged(f"image {image.id}: somebody edited its autobackup_* properties") from None
-
-
-def _plain(text: str) -> str:
-    return re.sub("[^\x00-\ud7ff\ue000-\uffff]", "\ufffd", text)

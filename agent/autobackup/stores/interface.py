@@ -8,13 +8,19 @@ left behind is removed by `delete`. "It did not fail" proves nothing either: `st
 the store holds now (invariant 4).
 """
 
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 from autobackup.model import AttemptId
 
 Chunk: TypeAlias = bytes | bytearray | memoryview
+Begun: TypeAlias = Callable[[], Awaitable[None]]
+
+PARENTS: Final = "autobackup_parents"  # property: ids, with spaces between, of what an object stands on
+KIND: Final = "autobackup_kind"  # property: `KIND_BASE`, or absent for a backup
+KIND_BASE: Final = "base"
+BASE: Final = "autobackup_base"  # property of a sealed base: what is in it, and for whom
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +33,8 @@ class Stored:
     digest_algorithm: str = ""  # of `digest`, the hash that the store took by itself while the object was put
     digest: str = ""  # empty: it took none; ask `Store.digest`
     shared_by: str = ""  # id of another project whose object it is
+    retired: bool = False  # nothing new is to stand on it
+    version: str = ""  # another one where its bytes may be others
 
 
 class Body(Protocol):
@@ -60,8 +68,14 @@ class Store(Protocol):
     async def check(self) -> None:
         """Raise `StoreUnavailable` or `StoreRefused`, with the remedy, if a put could not succeed now."""
 
-    async def put(self, attempt: AttemptId, body: Body, *, properties: Mapping[str, str]) -> None:
-        """Store *body* whole or not at all, durably. An id that exists raises `StoreRefused`."""
+    async def put(
+        self, attempt: AttemptId, body: Body, *, properties: Mapping[str, str], begun: Begun | None = None
+    ) -> None:
+        """
+        Store *body* whole or not at all, durably. An id that exists raises `StoreRefused`.
+
+        *begun* is awaited before the first byte, when `children` already tells of the object; its error ends the put.
+        """
 
     async def stat(self, attempt: AttemptId) -> Stored:
         """What is held under *attempt*. `StoreRefused` if nothing is, or not all of it."""
@@ -80,6 +94,28 @@ class Store(Protocol):
 
     async def held(self) -> list[Stored]:
         """Everything held whole, oldest first."""
+
+    async def children(self, parent: str) -> list[AttemptId]:
+        """Every object, whole or under way, whose property `PARENTS` names *parent*. Whoever can write can edit it."""
+
+    async def link(self, attempt: AttemptId, parent: str) -> None:
+        """Let `children` of *parent* name *attempt*, too."""
+
+    async def unlink(self, attempt: AttemptId, parent: str) -> None:
+        """Undo `link`."""
+
+    async def everything(self) -> list[AttemptId]:
+        """All that was put whole, whatever it is said to be. To be asked before what others may stand on goes."""
+
+    async def bases(self, content: str | None = None) -> list[Stored]:
+        """
+        Whole objects whose property `BASE` is *content*, and that were not retired, oldest first.
+
+        Without *content*: every sealed base, retired or not.
+        """
+
+    async def retire(self, attempt: AttemptId) -> None:
+        """From now on `bases` is silent about it, so that nothing new comes to stand on what may be deleted."""
 
     async def unfinished(self, agent_id: str) -> list[AttemptId]:
         """What puts with the property `autobackup_agent` of this value began and never ended, where it can be told."""

@@ -42,6 +42,9 @@ class KeyFile:
         }
         return DataKey(key=key, header_words=words)
 
+    async def circle(self) -> str:
+        return f"keyfile {kek_id(read_kek(self._path))}"
+
     async def settle(self, attempt: AttemptId) -> None:
         """Nothing is remembered of a key."""
 

@@ -45,6 +45,9 @@ class KeySource(KeyOpener, Protocol):
     async def draw(self, attempt: AttemptId) -> DataKey:
         """A fresh key for *attempt*, which is journaled. `KeysUnavailable` if the source cannot be asked now."""
 
+    async def circle(self) -> str:
+        """Who may have the keys that are drawn now: the same text, the same people."""
+
     async def settle(self, attempt: AttemptId) -> None:
         """*attempt* is proven: what is remembered of its key here goes."""
 
@@ -68,6 +71,9 @@ class Keyring:
 
     async def draw(self, attempt: AttemptId) -> DataKey:
         return await self._source.draw(attempt)
+
+    async def circle(self) -> str:
+        return await self._source.circle()
 
     async def settle(self, attempt: AttemptId) -> None:
         await self._source.settle(attempt)
@@ -104,6 +110,9 @@ class PublishedKey:
 
     async def draw(self, attempt: AttemptId) -> DataKey:
         return DataKey(key=self.KEY, header_words={"source": "none"})
+
+    async def circle(self) -> str:
+        return "everybody"
 
     async def settle(self, attempt: AttemptId) -> None:
         """Nothing to forget."""

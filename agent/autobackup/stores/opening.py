@@ -3,8 +3,10 @@ A destination as the configuration has it becomes a store and its keys. Opens no
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+from autobackup.cloud.parents import Parents
 from autobackup.cloud.session import ProjectSession
 from autobackup.config import OpenstackSection
 from autobackup.stores.barbican import BarbicanKeys
@@ -25,6 +27,8 @@ class OpenDestination:
     store: Store
     keys: KeySource
     session: ProjectSession | None = None
+    parents: Parents | None = None  # the images that backups there may stand on
+    clouds_yaml: Path | None = None
 
 
 def open_destination(
@@ -50,7 +54,15 @@ def open_destination(
             str(destination.path), reserve_bytes=destination.reserve_bytes, must_be_mount=destination.must_be_mount
         )
     keys = _keyring(destination, session, private_keys)
-    return OpenDestination(destination=destination, store=store, keys=keys, session=session)
+    parents = None
+    if session is not None and destination.store == "glance":
+        parents = Parents(
+            session, session_of=lambda project: _session(replace(destination, project=project), openstack)
+        )
+    return OpenDestination(
+        destination=destination, store=store, keys=keys, session=session, parents=parents,
+        clouds_yaml=openstack.clouds_yaml,
+    )  # fmt: skip
 
 
 def _keyring(destination: Destination, session: ProjectSession | None, private_keys: Sequence[str]) -> Keyring:

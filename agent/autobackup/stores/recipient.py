@@ -90,6 +90,9 @@ class Recipients:
                 return drawn.key
         raise KeyLost("sealed to public keys: only the private key of a recipient opens it, and it is not on this host")
 
+    async def circle(self) -> str:
+        return f"recipients {' '.join(sorted(PublicKey.read(path).id for path in self._paths))}"
+
     async def settle(self, attempt: AttemptId) -> None:
         self._unproven.pop(attempt, None)
 
