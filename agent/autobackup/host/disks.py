@@ -89,6 +89,14 @@ class HeldDisk:
             if start < end:
                 yield start, at - start
 
+    def data_marks(self, piece_bytes: int) -> bytearray:
+        """One byte for each *piece_bytes* of the disk: 0 where it is all hole."""
+        marks = bytearray(-(-self.identity.size_bytes // piece_bytes))
+        for start, length in self.data_ranges():
+            for piece in range(start // piece_bytes, -(-(start + length) // piece_bytes)):
+                marks[piece] = 1
+        return marks
+
     def read_into(self, buffer: memoryview, offset: int) -> list[tuple[int, int]]:
         """
         Fill *buffer* from *offset*; returns the (offset, length) that could not be read and are zeros instead.

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from autobackup.errors import Damaged
-from autobackup.host import qcow2
+from autobackup.host import qcow2, qemu_img
 from autobackup.model import ChainLink
 
 needs_qemu_img = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="needs qemu-img")
@@ -119,13 +119,13 @@ def test_what_is_no_header_is_mistrusted(head: bytes) -> None:
 @needs_qemu_img
 def test_the_check_says_what_qemu_img_finds_and_never_opens_what_is_not_trusted(tmp_path: Path) -> None:
     make(tmp_path / "good")
-    assert qcow2.check(str(tmp_path / "good"), member="disks/disk", mistrusted=None).result == "clean"
-    assert qcow2.check("/nonexistent", member="disks/disk", mistrusted="why").result == "not trusted"
-    assert qcow2.check("/nonexistent", member="disks/disk", mistrusted=None).result == "failed"
+    assert qemu_img.check(str(tmp_path / "good"), member="disks/disk", mistrusted=None).result == "clean"
+    assert qemu_img.check("/nonexistent", member="disks/disk", mistrusted="why").result == "not trusted"
+    assert qemu_img.check("/nonexistent", member="disks/disk", mistrusted=None).result == "failed"
 
     bad = bytearray((tmp_path / "good").read_bytes())
     bad[48:56] = struct.pack(">Q", 1 << 40)  # the refcount table lies far outside
     (tmp_path / "bad").write_bytes(bad)
-    health = qcow2.check(str(tmp_path / "bad"), member="disks/disk", mistrusted=None)
+    health = qemu_img.check(str(tmp_path / "bad"), member="disks/disk", mistrusted=None)
     assert health.result not in ("clean", "not checked")
     assert str(tmp_path) not in health.detail
