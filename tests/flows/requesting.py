@@ -20,6 +20,7 @@ from autobackup.model import InstanceId, Request
 from autobackup.rules.policy import Rulebook
 from autobackup.stores import OpenDestination
 from autobackup.stores.directory import DirectoryStore
+from autobackup.stores.keyfile import KeyFile
 from autobackup.terms import Destination, RequestSection
 
 OWN, OTHER, USER = "a" * 32, "b" * 32, "c" * 32
@@ -103,7 +104,7 @@ class Requesting:
         folder = self.rig.folder / f"project-{destination.project or 'template'}"
         folder.mkdir(mode=0o700, exist_ok=True)
         door = _ProjectsDoor(self, destination.project, folder)
-        keys = NotingKeys(self.rig.folder / "one.kek")
+        keys = NotingKeys(KeyFile(str(self.rig.folder / "one.kek")))
         return OpenDestination(destination=destination, store=door, keys=keys)  # type: ignore[arg-type]
 
     def living(self) -> InstanceId:

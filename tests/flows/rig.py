@@ -7,7 +7,7 @@ The flows as the agent wires them, on a real spool and real stores, with a clock
 import os
 import shutil
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -16,12 +16,15 @@ from tests.flows.material import limits
 
 from autobackup.config import RetrySection
 from autobackup.errors import AutobackupError
+from autobackup.flows.ancestry import Ancestry
 from autobackup.flows.backup import Backup
 from autobackup.flows.jobs import Jobs
 from autobackup.flows.pacing import Pace
 from autobackup.flows.places import Places
 from autobackup.flows.queueing import new_job
 from autobackup.flows.runner import Runner
+from autobackup.flows.seal_base import SealBase
+from autobackup.flows.secure import Secure
 from autobackup.flows.send import Send
 from autobackup.flows.tap import FanoutLimits
 from autobackup.flows.workers import Workers
@@ -45,9 +48,10 @@ from autobackup.model import (
 )
 from autobackup.rules.policy import Plan, PlannedCopy
 from autobackup.rules.termination import Verdict
-from autobackup.stores import Body, DataKey, OpenDestination, Store, Stored
+from autobackup.stores import Begun, Body, DataKey, OpenDestination, Store, Stored
 from autobackup.stores.directory import DirectoryStore
 from autobackup.stores.keyfile import KeyFile, write_kek
+from autobackup.stores.keys import KeySource
 from autobackup.terms import Destination
 
 RETRY: Final = RetrySection(first_s=5.0, longest_s=900.0)
@@ -70,6 +74,8 @@ class Door:
         self.root = Path(store.root)
         self.shut: Mapping[str, AutobackupError] | AutobackupError | None = None  # all calls, or some by name
         self.calls: list[tuple[str, str]] = []
+        self.before_put: Callable[[], Awaitable[None]] = _nothing
+        self.in_put: Callable[[], None] = lambda: None  # it is begun, and has no byte yet
         self.after_put: Callable[[AttemptId], None] = lambda _attempt: None
 
     @property
@@ -87,9 +93,17 @@ class Door:
         self._pass("check")
         await self.store.check()
 
-    async def put(self, attempt: AttemptId, body: Body, *, properties: Mapping[str, str]) -> None:
+    async def put(
+        self, attempt: AttemptId, body: Body, *, properties: Mapping[str, str], begun: Begun | None = None
+    ) -> None:
+        async def on_begun() -> None:
+            if begun is not None:
+                await begun()
+            self.in_put()
+
         self._pass("put", attempt)
-        await self.store.put(attempt, body, properties=properties)
+        await self.before_put()
+        await self.store.put(attempt, body, properties=properties, begun=on_begun)
         self.after_put(attempt)
 
     async def stat(self, attempt: AttemptId) -> Stored:
@@ -113,6 +127,21 @@ class Door:
         self._pass("delete", attempt)
         await self.store.delete(attempt)
 
+    async def children(self, parent: str) -> list[AttemptId]:
+        self._pass("children", parent)
+        return await self.store.children(parent)
+
+    async def bases(self, content: str | None = None) -> list[Stored]:
+        self._pass("bases", content or "")
+        return await self.store.bases(content)
+
+    async def retire(self, attempt: AttemptId) -> None:
+        self._pass("retire", attempt)
+        await self.store.retire(attempt)
+
+    async def everything(self) -> list[AttemptId]:
+        return await self.store.everything()
+
     async def list_held(self) -> list[Stored]:
         return await self.store.held()
 
@@ -124,20 +153,25 @@ class Door:
 
 
 class NotingKeys:
-    """A real key file; remembers what was drawn, so that a test can look for it where it must not be."""
+    """A real source of keys; remembers what was drawn, so that a test can look for it where it must not be."""
 
-    def __init__(self, path: Path) -> None:
-        self._keys = KeyFile(str(path))
+    def __init__(self, keys: KeySource) -> None:
+        self._keys = keys
         self.drawn: list[DataKey] = []
         self.destroyed: list[str] = []
         self.fetched = 0
+        self.after_draw: Callable[[], None] = lambda: None
 
     async def check(self) -> None:
         await self._keys.check()
 
     async def draw(self, attempt: AttemptId) -> DataKey:
         self.drawn.append(await self._keys.draw(attempt))
+        self.after_draw()
         return self.drawn[-1]
+
+    async def circle(self) -> str:
+        return await self._keys.circle()
 
     async def settle(self, attempt: AttemptId) -> None:
         await self._keys.settle(attempt)
@@ -164,10 +198,15 @@ class Rig:
         scrub_methods: Mapping[str, ScrubMethod] | None = None,
         reserve_bytes: int = 1 << 20,
         instances: Path | None = None,
+        stores: Path | None = None,
+        key_source: Callable[[Path], KeySource] = lambda path: KeyFile(str(path)),
     ) -> None:
+        """*stores* has the destinations' folders and key files: two rigs on one are two hosts."""
         self.folder = folder
+        folder.mkdir(exist_ok=True)
         self.instances = instances or folder / "instances"
         self.instances.mkdir(exist_ok=True)
+        stores = stores or folder
         self.clock = Clock()
         self.finished_count = 0
         self.journal: list[JobRecord] = []
@@ -186,15 +225,15 @@ class Rig:
         self.doors: dict[str, Door] = {}
         self.keys: dict[str, NotingKeys] = {}
         for name in destinations:
-            (folder / name).mkdir(mode=0o700, exist_ok=True)
-            if not (folder / f"{name}.kek").exists():
-                write_kek(str(folder / f"{name}.kek"))
-            self.doors[name] = Door(DirectoryStore(str(folder / name)))
-            self.keys[name] = NotingKeys(folder / f"{name}.kek")
+            (stores / name).mkdir(mode=0o700, exist_ok=True)
+            if not (stores / f"{name}.kek").exists():
+                write_kek(str(stores / f"{name}.kek"))
+            self.doors[name] = Door(DirectoryStore(str(stores / name)))
+            self.keys[name] = NotingKeys(key_source(stores / f"{name}.kek"))
         self.places = Places(
             [
                 Destination(
-                    name=name, store="directory", path=folder / name, key="keyfile", keyfile=folder / f"{name}.kek",
+                    name=name, store="directory", path=stores / name, key="keyfile", keyfile=stores / f"{name}.kek",
                     verify=verify,  # type: ignore[arg-type]
                 )
                 for name in destinations
@@ -204,12 +243,21 @@ class Rig:
             ),
         )  # fmt: skip
         self.jobs = Jobs(spool=self.spool, metrics=self.metrics, clock=self.clock, observe=self._observe)
+        self.ancestry = Ancestry(spool=self.spool, workers=self.workers, in_use=lambda: ())
+        pace, sending = Pace(), fanout_limits or limits()
+        self.bases = SealBase(
+            ancestry=self.ancestry, pace=pace, limits=sending, workers=self.workers, host="host",
+            agent_id=lambda: self.spool.agent_id, clock=self.clock,
+        )  # fmt: skip
+        self.secure = Secure(ancestry=self.ancestry, bases=self.bases, workers=self.workers)
         self.send = Send(
             jobs=self.jobs,
             spool=self.spool,
-            places=self.places.of,
-            pace=Pace(),
-            limits=fanout_limits or limits(),
+            places=lambda copy: self.places.of(copy),  # a test may put others in their place
+            ancestry=self.ancestry,
+            secure=self.secure,
+            pace=pace,
+            limits=sending,
             retry=RETRY,
             workers=self.workers,
             metrics=self.metrics,
@@ -298,6 +346,14 @@ class Rig:
         await self.jobs.create(job)
         return self.jobs.get(job.job)
 
+    def base(self, content: bytes, *, name: str = "da39a3ee5e6b4b0d3255bfef95601890afd80709") -> ChainLink:
+        """A backing file as Nova has it, held."""
+        path = self.instances / "_base" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+        assert self.spool.bases.hold(str(path))
+        return ChainLink(path=str(path), format="raw")
+
     # ---- looking at them --------------------------------------------------------------------------------
 
     def link(self, record: JobRecord, index: int = 0) -> Path:
@@ -337,6 +393,10 @@ def rig_on(folder: Path, **how: object) -> Iterator[Rig]:
         yield rig
     finally:
         rig.close()
+
+
+async def _nothing() -> None:
+    pass
 
 
 def _as_store(door: Door) -> Store:

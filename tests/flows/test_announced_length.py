@@ -39,7 +39,7 @@ from autobackup.flows.contents import Contents, Member
 from autobackup.flows.fanout import Sent, fan_out
 from autobackup.flows.tap import Tap
 from autobackup.host.disks import HeldDisk
-from autobackup.stores import Body
+from autobackup.stores import Begun, Body
 
 GiB = 1024 * MiB
 ROOM_BYTES = 64 * 1024  # what digests.json is padded by, for ranges that cannot be read
@@ -326,9 +326,9 @@ class Told:
     def __getattr__(self, name: str) -> object:
         return getattr(self._store, name)
 
-    async def put(self, attempt: str, body: Body, *, properties: Mapping[str, str]) -> None:
+    async def put(self, attempt: str, body: Body, *, properties: Mapping[str, str], begun: Begun | None = None) -> None:
         self.announced.append(body.announced_bytes)
-        await self._store.put(attempt, body, properties=properties)  # type: ignore[attr-defined]
+        await self._store.put(attempt, body, properties=properties, begun=begun)  # type: ignore[attr-defined]
         self.sizes.append(body.size_bytes)
 
 

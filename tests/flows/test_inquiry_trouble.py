@@ -180,7 +180,8 @@ async def test_the_same_trouble_is_said_once(asking: Asking, capsys: pytest.Capt
     async with asking.running():
         first, second = [(await asking.words([InstanceId("x")]))[InstanceId("x")] for _ in range(2)]
     assert first == second
-    assert capsys.readouterr().out.count("nova.silent") == 1
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("nova.silent") == 1  # where to, another test may have said
 
 
 # ---- one among many ---------------------------------------------------------------------------------------

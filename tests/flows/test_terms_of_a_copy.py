@@ -27,7 +27,6 @@ def with_own(rig: Rig, retention_s: float | None) -> None:
     opened = rig.places.all()[DestinationName("one")]
     terms = replace(opened.destination, retention_s=retention_s)
     rig.places = Places([terms], lambda one: replace(opened, destination=one))
-    rig.send._places = rig.places.of
 
 
 @pytest.mark.parametrize(

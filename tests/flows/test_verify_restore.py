@@ -9,7 +9,8 @@ import shutil
 import struct
 import subprocess
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,11 +19,20 @@ from tests.flows.rig import Rig, rig_on
 
 from autobackup.container.header import HEADER_BYTES, decode, encode
 from autobackup.container.seal import SEGMENT_BYTES
-from autobackup.errors import AutobackupError, ContainerDamaged, KeyRefused, KeysUnavailable, StoreRefused, TargetExists
-from autobackup.flows.restore import Restored, restore
+from autobackup.errors import (
+    AutobackupError,
+    ContainerDamaged,
+    KeyRefused,
+    KeysUnavailable,
+    Refused,
+    StoreRefused,
+    TargetExists,
+)
+from autobackup.flows.fetch import Origins
+from autobackup.flows.restore import Restored, Wanted, restore
 from autobackup.flows.verify import open_sealed, prove_copy
 from autobackup.flows.workers import Workers
-from autobackup.model import AttemptRecord, ChainLink, JobRecord
+from autobackup.model import AttemptRecord, ChainLink, DestinationName, JobRecord
 from autobackup.stores.keyfile import write_kek
 
 MiB = 1 << 20
@@ -66,13 +76,13 @@ class Held:
 async def keep(rig: Rig, disks: dict[str, bytes], **how: object) -> Held:
     """A job taken up to `sent`, no further: the proof is the test's."""
     record = await rig.new_job(disks, **how)  # type: ignore[arg-type]
-    rig.doors["one"].shut = {"stat": StoreRefused("the proof is not due yet")}
     sent: list[AttemptRecord] = []
 
     def note(now: JobRecord) -> None:
         attempt = now.copies[0].attempt
         if attempt is not None and attempt.digest is not None and not sent:
             sent.append(attempt)
+            rig.doors["one"].shut = {"stat": StoreRefused("the proof is not due yet")}
 
     rig.on_record = note
     await rig.backup.advance(record.job)
@@ -184,9 +194,25 @@ async def test_an_object_that_is_gone_is_not_proven(held: Held, readback: bool) 
 # ---- restore ----------------------------------------------------------------------------------------------
 
 
-async def bring_back(held: Held, target: Path, **how: object) -> Restored:
-    sealed = await open_sealed(held.rig.doors["one"].store, held.rig.keys["one"], held.sent.attempt)
-    return await restore(sealed, target=str(target), workers=held.rig.workers, **how)  # type: ignore[arg-type]
+async def bring_back(
+    held: Held,
+    target: Path,
+    *,
+    parents: Sequence[Path] = (),
+    with_parents: bool = True,
+    progress: Callable[[int], None] = lambda _count: None,
+) -> Restored:
+    """All disks, from the one destination and from *parents*, files at hand."""
+    place = held.rig.places.all()[DestinationName("one")]
+    sealed = await open_sealed(place.store, place.keys, held.sent.attempt)
+    return await restore(
+        sealed,
+        target=str(target),
+        wanted=Wanted(with_parents=with_parents),
+        origins=Origins(places=[place], files=[str(path) for path in parents]),
+        workers=held.rig.workers,
+        show=lambda _words, _size_bytes: nullcontext(progress),
+    )
 
 
 def tree(folder: Path) -> set[str]:
@@ -358,6 +384,7 @@ async def test_a_chain_comes_back_put_together(tmp_path: Path, depth: int) -> No
             )
         )
         assert len(info) == depth + 1
+        assert len(rig.doors["one"].held()) == depth + 1
         assert all("backing-filename-format" in layer for layer in info[:-1])
 
 
@@ -410,13 +437,30 @@ async def test_a_raw_disk_is_raw_whatever_its_guest_wrote_into_it(tmp_path: Path
 
 
 @needs_qemu_img
-async def test_a_chain_whose_base_is_gone_comes_back_without_it_and_says_so(tmp_path: Path) -> None:
+async def test_a_chain_whose_base_was_gone_comes_back_with_one_that_somebody_has_or_not_at_all(tmp_path: Path) -> None:
+    """
+    Nobody could say any more what it was: what is put under the overlay is named, and was not compared. The overlay
+    alone comes back as it was, for whoever asks for just that.
+    """
     with rig_on(tmp_path) as rig:
         overlay, chain = make_chain(tmp_path / "images", 1)
+        qemu_img("convert", "-O", "raw", overlay, tmp_path / "seen.raw")
         content = overlay.read_bytes()
+        shutil.move(chain[0].path, tmp_path / "base0.img")
         shutil.rmtree(tmp_path / "images")
         held = await keep(rig, {"disk": content}, format_name="qcow2", chain=tuple(chain))
-        restored = await bring_back(held, tmp_path / "out")
-        assert (tmp_path / "out/disks/disk").read_bytes() == content
-        assert "base0.img" in restored.notes[0]
+
+        with pytest.raises(Refused, match=r"base0\.img.*--parent FILE"):
+            await bring_back(held, tmp_path / "out")
+        assert not list(tmp_path.glob("out*"))
+
+        restored = await bring_back(held, tmp_path / "out", parents=[tmp_path / "base0.img"])
         assert any("base0.img" in missing.why for missing in restored.unpacked.manifest.not_captured)
+        assert ["not compared" in note for note in restored.notes] == [True]
+        disk = tmp_path / "out" / "disks/disk"
+        words = qemu_img("compare", "-f", "qcow2", "-F", "raw", disk, tmp_path / "seen.raw")
+        assert words.strip() == "Images are identical."
+
+        alone = await bring_back(held, tmp_path / "alone", with_parents=False)
+        assert (tmp_path / "alone/disks/disk").read_bytes() == content
+        assert any("base0.img" in note for note in alone.notes)

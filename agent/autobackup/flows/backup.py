@@ -145,6 +145,9 @@ class Backup:
         if record.unreadable:
             raise Refused("parts of the disks could not be read and were sent as zeros; the originals are kept")
         method_named(record.scrub_method, self._scrub_methods)
+        if await self._send.outdate_orphans(record):
+            await self._jobs.move(record.job, JobEvent.CHANGED, last_error="a parent was lost; sent anew")
+            return
         named = await self._workers.blocking(partial(self._check_files, record))
         if len(named) == len(record.files) or record.verdict is not VerdictKind.TERMINATED:
             await self._keep(record)

@@ -190,11 +190,7 @@ def _data_frames(member: Member) -> bytearray:
     Asked once: SEEK_DATA changes its mind about preallocated blocks when their pages leave the cache, and a length that
     was announced must hold.
     """
-    marks = bytearray(-(-member.size_bytes // FRAME_BYTES))
-    for start, length in member.disk.data_ranges() if member.disk is not None else ():
-        for frame in range(start // FRAME_BYTES, -(-(start + length) // FRAME_BYTES)):
-            marks[frame] = 1
-    return marks
+    return bytearray() if member.disk is None else member.disk.data_marks(FRAME_BYTES)
 
 
 def _literal(data: bytes) -> Iterator[Piece]:

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 from autobackup.container.bundle import BASES, CONSOLE_LOG, DISKS, DOMAIN_XML, NVRAM, SWTPM
-from autobackup.container.manifest import DiskEntry, FileEntry, Health, Manifest, NotCaptured
-from autobackup.errors import OverlayChanged, Refused, SpoolUnavailable
+from autobackup.container.manifest import DiskEntry, FileEntry, Health, Manifest, NotCaptured, ParentEntry
+from autobackup.errors import Refused
 from autobackup.flows.contents import Contents, Member
-from autobackup.host import qcow2
+from autobackup.host import qcow2, qemu_img
 from autobackup.host.bases import short_name
 from autobackup.host.disks import HeldDisk
 from autobackup.host.spool import Spool
-from autobackup.model import ChainLink, DiskIdentity, HeldFile, JobRecord
+from autobackup.model import DiskIdentity, HeldFile, JobRecord
 
 _Format = Literal["qcow2", "raw", "unknown"]
 _FORMATS = frozenset({"qcow2", "raw"})
@@ -35,14 +35,22 @@ class Gathered:
     not_captured: Mapping[str, str]
 
 
-def gather(job: JobRecord, spool: Spool, host: str, open_disks: ExitStack, *, fixed_length: bool) -> Gathered:
+def gather(
+    job: JobRecord,
+    spool: Spool,
+    host: str,
+    open_disks: ExitStack,
+    *,
+    fixed_length: bool,
+    parents: Sequence[ParentEntry],
+    lost_bases: Mapping[str, str],
+) -> Gathered:
     """
-    Open the disks of *job* and describe them. Blocks: a worker's call.
+    Open the disks of *job* and describe them; *parents*, which they stand on, lie elsewhere. Blocks: a worker's call.
 
     Raises `DiskBusy` if somebody has one open, `Refused` if a link is not the inode that was claimed.
     """
-    missing = dict(job.not_captured)
-    bases = _open_bases(job, spool, open_disks, missing)
+    missing = dict(job.not_captured) | {BASES + short_name(path): why for path, why in lost_bases.items()}
     disks: list[tuple[DiskEntry, HeldDisk]] = []
     files: list[tuple[FileEntry, HeldDisk]] = []
     health: list[Health] = []
@@ -53,7 +61,7 @@ def gather(job: JobRecord, spool: Spool, host: str, open_disks: ExitStack, *, fi
         first_read[held.link] = disk.identity
         member = names[held.link]
         if member.startswith(DISKS):
-            disks.append((_entry(held, member, disk, bases), disk))
+            disks.append((_entry(held, member, disk), disk))
             if held.format == "qcow2":
                 health.append(_health(held, member, disk))
         else:
@@ -64,6 +72,7 @@ def gather(job: JobRecord, spool: Spool, host: str, open_disks: ExitStack, *, fi
     if not xml:
         missing[DOMAIN_XML] = "the domain was gone before its XML could be read"
     manifest = Manifest(
+        format="autobackup-bundle/2" if parents else "autobackup-bundle/1",
         job=job.job,
         instance=job.instance,
         instance_name=job.source.name,
@@ -72,7 +81,7 @@ def gather(job: JobRecord, spool: Spool, host: str, open_disks: ExitStack, *, fi
         verdict=job.verdict,
         verdict_reason=job.verdict_reason,
         disks=tuple(entry for entry, _ in disks),
-        bases=tuple(entry for entry, _ in bases.values()),
+        bases=(),
         files=(
             *((FileEntry(member=DOMAIN_XML, size_bytes=len(xml), source_path=""),) if xml else ()),
             *(entry for entry, _ in files),
@@ -87,10 +96,11 @@ def gather(job: JobRecord, spool: Spool, host: str, open_disks: ExitStack, *, fi
             "rule": job.rule,
             "occasion": job.occasion,
         },
+        parents=tuple(parents),
     )
     members = [
         *((Member(name=DOMAIN_XML, data=xml),) if xml else ()),
-        *(Member(name=entry.member, disk=disk, first=disk.identity) for entry, disk in (*disks, *bases.values())),
+        *(Member(name=entry.member, disk=disk, first=disk.identity) for entry, disk in disks),
         *(Member(name=file.member, disk=disk, first=disk.identity) for file, disk in files),
     ]
     try:
@@ -141,48 +151,7 @@ def _open_own(path: str, held: HeldFile) -> HeldDisk:
     return disk
 
 
-def _open_bases(
-    job: JobRecord, spool: Spool, open_disks: ExitStack, missing: dict[str, str]
-) -> dict[ChainLink, tuple[DiskEntry, HeldDisk]]:
-    """Every backing file that can be read, deepest first, so that each can name the one below it."""
-    opened: dict[ChainLink, tuple[DiskEntry, HeldDisk]] = {}
-    for held in job.files:
-        below: ChainLink | None = None
-        for link in reversed(held.chain):
-            path = spool.bases.readable_path(link)
-            member = BASES + short_name(link.path)
-            if link not in opened and path is not None:
-                try:
-                    disk = open_disks.enter_context(HeldDisk(path))
-                except (OverlayChanged, Refused, SpoolUnavailable) as exc:
-                    missing[member] = f"the backing file {link.path} could not be opened: {exc}"
-                    continue
-                opened[link] = (
-                    DiskEntry(
-                        name=os.path.basename(link.path),
-                        member=member,
-                        format=_format(link.format),
-                        size_bytes=disk.identity.size_bytes,
-                        source_path=link.path,
-                        inode=disk.identity.inode,
-                        mtime_ns=disk.identity.mtime_ns,
-                        backing=opened[below][0].member if below in opened else None,
-                        backing_path=below.path if below else None,
-                        chain_source=cast(Literal["libvirt", "header", "none"], held.chain_source),
-                    ),
-                    disk,
-                )
-            elif link not in opened:
-                missing[member] = f"the backing file {link.path} is gone and was not held"
-            below = link
-    return opened
-
-
-def _entry(
-    held: HeldFile, member: str, disk: HeldDisk, bases: Mapping[ChainLink, tuple[DiskEntry, HeldDisk]]
-) -> DiskEntry:
-    top = held.chain[0] if held.chain else None
-    below = bases.get(top) if top is not None else None
+def _entry(held: HeldFile, member: str, disk: HeldDisk) -> DiskEntry:
     return DiskEntry(
         name=held.disk,
         member=member,
@@ -191,15 +160,15 @@ def _entry(
         source_path=held.source_path,
         inode=disk.identity.inode,
         mtime_ns=disk.identity.mtime_ns,
-        backing=below[0].member if below is not None else None,
-        backing_path=top.path if top else None,
+        backing=None,
+        backing_path=held.chain[0].path if held.chain else None,
         chain_source=cast(Literal["libvirt", "header", "none"], held.chain_source),
     )
 
 
 def _health(held: HeldFile, member: str, disk: HeldDisk) -> Health:
     mistrusted = qcow2.mistrust(qcow2.read_head(disk.fd), chain=held.chain, chain_source=held.chain_source)
-    return qcow2.check(disk.path, member=member, mistrusted=mistrusted)
+    return qemu_img.check(disk.path, member=member, mistrusted=mistrusted)
 
 
 def _format(name: str) -> _Format:

@@ -22,7 +22,7 @@ from autobackup.host.claims import Claims
 from autobackup.host.domain_xml import merge, merge_server, read_domain
 from autobackup.host.libvirt_events import DomainAnswer
 from autobackup.host.spool import Spool
-from autobackup.model import DiskSource, InstanceId, InstanceRecord, Request, ServerRecord
+from autobackup.model import ChainLink, DiskSource, InstanceId, InstanceRecord, Request, ServerRecord
 from autobackup.rules.termination import Domain, Place
 
 _log = logs.get("flows.learn")
@@ -153,11 +153,14 @@ class Learn:
             await self._workers.blocking(partial(self._spool.forget_instance, instance))
         await self.release_bases()
 
+    def bases(self) -> list[ChainLink]:
+        """Every backing file that a known instance stands on."""
+        return [link for record in self._records.values() for disk in record.disks for link in disk.chain]
+
     async def release_bases(self) -> None:
         """Let go of every backing file that no instance and no job stands on."""
         async with self._changing:  # not while one is held for a record that is not there yet
-            chains = [link for record in self._records.values() for disk in record.disks for link in disk.chain]
-            chains += [link for job in self._jobs.all() for link in job.bases]
+            chains = self.bases() + [link for job in self._jobs.all() for link in job.bases]
             await self._workers.blocking(partial(self._spool.bases.release_all_but, chains))
 
     async def _keep(self, record: InstanceRecord) -> None:

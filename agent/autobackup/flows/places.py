@@ -2,7 +2,7 @@
 The destinations of this host, opened once each; and a look at them from time to time.
 
 A copy says by name where it goes. What is looked at: whether the destination would take a copy now, which is told
-before one is needed, and what this host began there and never ended.
+before one is needed, what this host began there and never ended, and which parents nothing stands on any more.
 """
 
 import asyncio
@@ -15,6 +15,7 @@ from typing import Final
 from autobackup import logs
 from autobackup.errors import AutobackupError, Refused
 from autobackup.flows.jobs import Jobs
+from autobackup.flows.release import Release
 from autobackup.host.spool import Spool
 from autobackup.metrics import Metrics
 from autobackup.model import AttemptId, CopyRecord, DestinationName, Request
@@ -64,12 +65,19 @@ class Places:
     def all(self) -> Mapping[DestinationName, OpenDestination]:
         return self._open
 
+    def with_requested(self) -> list[OpenDestination]:
+        """Those of the configuration, and those that owners have asked for since the start."""
+        return [*self._open.values(), *self._requested.values()]
+
 
 class Watchman:
     """Looks at every destination, at the start and then every ten minutes."""
 
-    def __init__(self, *, places: Places, only_asked_for: str, jobs: Jobs, spool: Spool, metrics: Metrics) -> None:
+    def __init__(
+        self, *, places: Places, only_asked_for: str, jobs: Jobs, spool: Spool, release: Release, metrics: Metrics
+    ) -> None:
         self._places = places
+        self._release = release
         self._only_asked_for = only_asked_for
         self._jobs = jobs
         self._metrics = metrics
@@ -86,6 +94,11 @@ class Watchman:
             for name, place in self._places.all().items():
                 if name != self._only_asked_for:
                     await self._look(name, place)
+            for place in self._places.with_requested()[len(self._places.all()) :]:
+                try:
+                    await self._release.look(place)
+                except AutobackupError as exc:
+                    _log.info("parents.not_looked_at", destination=place.destination.name, error=str(exc))
             # not in step with 1,000 other hosts
             await asyncio.sleep(_LOOK_EVERY_S * random.uniform(0.75, 1.25))  # noqa: S311
 
@@ -94,6 +107,8 @@ class Watchman:
             await place.store.check()
             await place.keys.check()
             await self._tidy(name, place)
+            for kind, count in (await self._release.look(place)).items():
+                self._metrics.parents_kept.labels(destination=name, kind=kind).set(count)
         except AutobackupError as exc:
             if self._unwell.get(name) != str(exc):
                 _log.warning("destination.unwell", destination=name, error=str(exc), consequence="jobs wait")
@@ -117,5 +132,5 @@ class Watchman:
 
     def _known(self) -> set[AttemptId]:
         copies = [copy for record in self._jobs.all() for copy in record.copies]
-        obsolete = {attempt for copy in copies for attempt in copy.obsolete}
+        obsolete = {attempt for copy in copies for attempt in (*copy.obsolete, copy.base_attempt) if attempt}
         return obsolete | {copy.attempt.attempt for copy in copies if copy.attempt is not None}

@@ -23,6 +23,7 @@ from autobackup.model import (
     JobState,
     Occasion,
 )
+from autobackup.qcow2.header import parse_header
 from autobackup.rules.policy import Plan
 from autobackup.rules.termination import Verdict
 
@@ -82,7 +83,7 @@ def chain_by_header(fd: int, format_name: str, instances_path: str) -> tuple[Cha
     if format_name != "qcow2":
         return ()
     try:
-        header = qcow2.parse_header(qcow2.read_head(fd))
+        header = parse_header(qcow2.read_head(fd))
     except Damaged:
         return ()
     path, cache = header.backing_path, os.path.join(instances_path, "_base")

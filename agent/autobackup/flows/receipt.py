@@ -47,6 +47,7 @@ def receipt(job: JobRecord) -> bytes:
                         "verified_at_s": copy.verified_at_s,
                         "attempt": asdict(copy.attempt) if copy.attempt else None,
                         "request": asdict(copy.request) if copy.request else None,
+                        "parents": [asdict(anchor) for anchor in copy.anchors],
                         "left_in_store": copy.obsolete,
                     }
                     for copy in job.copies

@@ -1,38 +1,59 @@
 """
-Restore: a sealed bundle back into disks that boot, or nothing.
-
-Everything is written into `<target>.partial`, which becomes `<target>` when the whole bundle was authenticated, its
-digests agreed and the chain was put together (invariant 7). On any failure the partial folder is removed, so there
-is never half a disk to mistake for one.
+Restore: a sealed bundle, and what it stands on, back into disks that boot; or nothing.
 
 The overlay inside names its backing file by the path it had on the dead host. Its header is compared with the
 manifest, then rewritten to the restored base with explicit formats; guest data is not touched. A header that says
 something else than the hypervisor did is left as it is, and said so: nothing in it is followed (invariant 5).
+
+Everything comes together in a folder that appears at the end (`flows.files`), each parent once for all disks on it.
 """
 
-import contextlib
 import os
 import shutil
-import subprocess
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Final
+from typing import Final, Literal
 
-from autobackup.container.manifest import DiskEntry, Manifest
-from autobackup.errors import Refused, TargetExists
+from autobackup.container.bundle import BASES, DISKS
+from autobackup.container.manifest import Digests, DiskEntry, Manifest, ParentEntry
+from autobackup.errors import ContainerDamaged, Refused
+from autobackup.flows.fetch import Fetch, Origins, Show
+from autobackup.flows.files import Files, appearing
+from autobackup.flows.sealed_file import open_file
 from autobackup.flows.unpack import Unpacked
 from autobackup.flows.verify import SealedObject, read_back
 from autobackup.flows.workers import Workers
-from autobackup.host import qcow2
-from autobackup.host.filesystems import sync_folder
+from autobackup.host import qcow2, qemu_img
+from autobackup.host.bases import short_name
 from autobackup.model import ChainLink
-from autobackup.units import KiB, MiB
+from autobackup.qcow2.header import parse_header
 
-_HOLE_BYTES: Final = 64 * KiB  # zeros of this length, aligned, become a hole again
-_ZEROS: Final = bytes(_HOLE_BYTES)
-_WRITE_BEHIND_BYTES: Final = 16 * MiB  # then the kernel is told to begin; the fsync at the end finds little to do
-_QEMU_IMG_S: Final = 600.0
+_CORRUPT: Final = "corrupt"
+_CONFIG_DRIVE: Final = "disk.config"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """
+    Which disks, by their names on the host (none: all), and whether as chains or each as one file, in *flat*.
+
+    Not *with_parents*: the overlays alone, as they were captured.
+    """
+
+    disks: Sequence[str] = ()
+    flat: Literal["qcow2", "raw"] | None = None
+    with_parents: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestoredDisk:
+    """One disk, and its way down to the root: *path* first."""
+
+    name: str
+    path: str
+    format: str
+    chain: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,149 +67,223 @@ class Restored:
 
     target: str
     unpacked: Unpacked
+    disks: tuple[RestoredDisk, ...]
     reattached: tuple[str, ...]
     notes: tuple[str, ...]
 
 
 async def restore(
-    sealed: SealedObject,
-    *,
-    target: str,
-    workers: Workers,
-    progress: Callable[[int], None] = lambda _count: None,
+    sealed: SealedObject, *, target: str, wanted: Wanted, origins: Origins, workers: Workers, show: Show
 ) -> Restored:
     """
     Restore *sealed* to the folder *target*, which must not exist.
 
-    Raises `TargetExists`; `ContainerDamaged` if a bit of it is wrong; `Refused` if the target takes no more or the
-    chain cannot be put together.
+    Raises `TargetExists`; `Damaged` if a bit of it, or of a parent, is wrong; `Refused` if the target takes no more, a
+    parent is not to be had, or the chain cannot be put together.
     """
-    partial_path = f"{target.rstrip('/')}.partial"
-    _make_partial(target, partial_path)  # here, not in a worker: nothing may come between making it and the `try`
-    try:
-        sink = _Files(partial_path)
+    names: set[str] = set()
+    if wanted.disks:  # before all of it is read
+        chosen = _chosen(await (await open_file(sealed, workers)).manifest(), wanted.disks)
+        names = {entry.member for entry in chosen}
+    async with appearing(target, workers) as folder:
+        sink = Files(
+            folder, place=lambda name: None if names and name.startswith(DISKS) and name not in names else name
+        )
         try:
-            unpacked = await read_back(sealed, workers, sink=sink, progress=progress)
+            with show("backup", sealed.size_bytes) as advance:
+                unpacked = await read_back(sealed, workers, sink=sink, progress=advance)
         finally:
             sink.close()
-        reattached, notes = await workers.blocking(partial(_rebuild_chain, partial_path, unpacked.manifest))
-        await workers.blocking(partial(_release, partial_path, target))
-    except BaseException as exc:
-        shutil.rmtree(partial_path, ignore_errors=True)
-        if isinstance(exc, OSError):
-            raise Refused(f"{target}: {exc.strerror or exc}; nothing was restored") from exc
-        raise
-    return Restored(target=target, unpacked=unpacked, reattached=tuple(reattached), notes=tuple(notes))
+        manifest = unpacked.manifest
+        entries = _chosen(manifest, wanted.disks)
+        fetch = Fetch(origins, workers, show)
+        notes = []
+        needed = _needed(entries, manifest) if wanted.with_parents else set()
+        for number, parent in enumerate(manifest.parents):
+            if parent.path in needed:
+                notes.append(await fetch.fetch(parent, number, sealed.header, folder, _member(parent)))
+        built = await workers.blocking(partial(_Chain(folder, manifest, unpacked.digests, needed).build, entries))
+        if wanted.flat is not None:
+            built = await workers.interruptible(partial(_flattened, folder, built, wanted.flat))
+    return Restored(
+        target=target,
+        unpacked=unpacked,
+        disks=tuple(_at(target, disk) for disk in built.disks),
+        reattached=built.reattached,
+        notes=(*filter(None, notes), *built.notes),
+    )
 
 
-def _make_partial(target: str, partial_path: str) -> None:
-    for path in (target, partial_path):
-        if os.path.lexists(path):
-            raise TargetExists(f"{path}: exists; name a folder that does not, or remove it")
-    try:
-        os.makedirs(partial_path, mode=0o700)
-    except OSError as exc:
-        raise Refused(f"{partial_path}: {exc.strerror}; nothing was restored") from exc
+def _chosen(manifest: Manifest, names: Sequence[str]) -> tuple[DiskEntry, ...]:
+    known = {disk.name for disk in manifest.disks}
+    for name in names:
+        if name not in known:
+            raise Refused(f"there is no disk {name!r} in this backup; it has: {', '.join(sorted(known))}")
+    return tuple(disk for disk in manifest.disks if not names or disk.name in names)
 
 
-def _release(partial_path: str, target: str) -> None:
-    sync_folder(partial_path)
-    if os.path.lexists(target):
-        raise TargetExists(f"{target}: appeared while restoring; nothing was put there")
-    os.rename(partial_path, target)
-    sync_folder(os.path.dirname(os.path.abspath(target)))
+def _needed(entries: Sequence[DiskEntry], manifest: Manifest) -> set[str]:
+    """The paths of all parents on the way from *entries* to their roots."""
+    below = {parent.path: parent.backing_path for parent in manifest.parents}
+    paths: set[str] = set()
+    for entry in entries:
+        path = entry.backing_path if entry.backing is None else None
+        while path in below and path not in paths:
+            paths.add(path)
+            path = below[path]
+    return paths
 
 
-class _Files:
-    """The sink that writes members as sparse files below one folder. Names were checked by the bundle reader."""
+def _member(parent: ParentEntry) -> str:
+    return BASES + short_name(parent.path)
 
-    def __init__(self, folder: str) -> None:
+
+def _at(target: str, disk: RestoredDisk) -> RestoredDisk:
+    return replace(
+        disk, path=os.path.join(target, disk.path), chain=tuple(os.path.join(target, one) for one in disk.chain)
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Built:
+    """Paths are relative to the folder. *obstacles* are what keeps chains from being whole, and notes, too."""
+
+    disks: tuple[RestoredDisk, ...]
+    reattached: tuple[str, ...]
+    obstacles: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Link:
+    """One file of a chain: a disk, a base in the bundle, a parent from elsewhere."""
+
+    member: str
+    format: str
+    backing_path: str | None
+    below: str | None  # member
+    chain_source: str
+
+
+class _Chain:
+    """Points every restored qcow2 at its restored backing file. Blocks."""
+
+    def __init__(self, folder: str, manifest: Manifest, digests: Digests, fetched: Collection[str]) -> None:
         self._folder = folder
-        self._fd = -1
-        self._at = 0
-        self._begun_bytes = 0  # on their way to the disk already
+        self._health = {one.member: one.result for one in digests.health}
+        members = {parent.path: _member(parent) for parent in manifest.parents if parent.path in fetched}
+        self._links: Mapping[str, _Link] = {
+            link.member: link
+            for link in (
+                *(_of_entry(entry, members) for entry in (*manifest.bases, *manifest.disks)),
+                *(_of_parent(parent, members) for parent in manifest.parents if parent.path in fetched),
+            )
+        }
+        self._reattached: list[str] = []
+        self._obstacles: list[str] = []
+        self._notes: list[str] = []
 
-    def start(self, name: str, size_bytes: int) -> None:
-        path = os.path.join(self._folder, name)
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        self._fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        self._at = self._begun_bytes = 0
-        os.ftruncate(self._fd, size_bytes)
+    def build(self, entries: Sequence[DiskEntry]) -> _Built:
+        chains = {entry.member: self._chain(entry.member) for entry in entries}
+        for member in dict.fromkeys(member for chain in chains.values() for member in reversed(chain)):
+            self._join(self._links[member])
+        return _Built(
+            disks=tuple(
+                RestoredDisk(name=entry.name, path=entry.member, format=entry.format, chain=chains[entry.member])
+                for entry in entries
+            ),
+            reattached=tuple(self._reattached),
+            obstacles=tuple(self._obstacles),
+            notes=(*self._obstacles, *self._notes),
+        )
 
-    def write(self, data: memoryview) -> None:
-        at = 0
-        while at < len(data):
-            # cut where the file's own 64 KiB blocks are, so that holes line up whatever comes in
-            block = data[at : at + _HOLE_BYTES - (self._at % _HOLE_BYTES)]
-            if bytes(block) != _ZEROS[: len(block)]:  # a memoryview compares item by item: 2 s/GiB of zeros, not 0.03
-                _write_all(self._fd, block, self._at)
-            at += len(block)
-            self._at += len(block)
-        if self._at - self._begun_bytes >= _WRITE_BEHIND_BYTES:
-            with contextlib.suppress(OSError):  # advice; it also keeps a whole disk out of the page cache
-                os.posix_fadvise(self._fd, self._begun_bytes, self._at - self._begun_bytes, os.POSIX_FADV_DONTNEED)
-            self._begun_bytes = self._at
+    def _chain(self, member: str) -> tuple[str, ...]:
+        chain: list[str] = []
+        at: str | None = member
+        while at is not None and at not in chain:
+            chain.append(at)
+            at = self._links[at].below
+        return tuple(chain)
 
-    def end(self, name: str) -> None:
-        os.fsync(self._fd)
-        self.close()
-
-    def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-
-def _write_all(fd: int, data: memoryview, offset: int) -> None:
-    at = 0
-    while at < len(data):
-        at += os.pwrite(fd, data[at:], offset + at)
-
-
-def _rebuild_chain(folder: str, manifest: Manifest) -> tuple[list[str], list[str]]:
-    """Point every restored qcow2 at its restored backing file; what was, and what was left undone and why."""
-    reattached, notes = [], []
-    for entry in (*manifest.bases, *manifest.disks):
-        if entry.format == "unknown":
-            notes.append(f"{entry.member}: its format is not known; the bytes are those of the file on the host")
-        elif entry.format == "qcow2":
-            obstacle = _attach(folder, entry, manifest)
+    def _join(self, link: _Link) -> None:
+        if link.format == "unknown":
+            words = "its format is not known; the bytes are those of the file on the host"
+            self._obstacles.append(f"{link.member}: {words}")
+        elif link.format == "qcow2":
+            obstacle = self._attach(link)
             if obstacle:
-                notes.append(obstacle)
-            elif entry.backing is not None:
-                reattached.append(entry.member)
-    return reattached, notes
+                self._obstacles.append(obstacle)
+            else:
+                self._check(link)
+
+    def _attach(self, link: _Link) -> str | None:
+        """Rewrite the header of one overlay; the reason if it is left as it was captured."""
+        path = os.path.join(self._folder, link.member)
+        with open(path, "rb") as file:
+            head = qcow2.read_head(file.fileno())
+        chain = (ChainLink(path=link.backing_path, format=""),) if link.backing_path else ()
+        mistrusted = qcow2.mistrust(head, chain=chain, chain_source=link.chain_source)
+        if mistrusted:
+            words = "open it only with its backing file switched off"
+            return f"{link.member}: left as it was captured: {mistrusted}; {words}"
+        if link.below is None:
+            named = parse_header(head).backing_path
+            if named is None:
+                return None
+            return f"{link.member}: its backing file {named!r} is not in this bundle; attach one before opening it"
+        base = self._links[link.below]
+        if base.format == "unknown":
+            return f"{link.member}: the format of its backing file {base.member} is not known; attach it by hand"
+        relative = os.path.relpath(os.path.join(self._folder, base.member), os.path.dirname(path))
+        qemu_img.attach(path, backing=relative, backing_format=base.format)
+        self._reattached.append(link.member)
+        return None
+
+    def _check(self, link: _Link) -> None:
+        health = qemu_img.check(os.path.join(self._folder, link.member), member=link.member, mistrusted=None)
+        before = self._health.get(link.member, "clean")
+        if health.result == _CORRUPT and before != _CORRUPT:
+            raise ContainerDamaged(f"{link.member}: qemu-img check: {health.detail or 'corrupt'}; it was {before}")
+        if health.result != "clean":
+            was = f" (at its capture: {before})" if link.member in self._health else ""
+            self._notes.append(f"{link.member}: qemu-img check says {health.result}{was}")
 
 
-def _attach(folder: str, entry: DiskEntry, manifest: Manifest) -> str | None:
-    """Rewrite the header of one overlay; the reason if it is left as it was captured."""
-    path = os.path.join(folder, entry.member)
-    with open(path, "rb") as file:
-        head = qcow2.read_head(file.fileno())
-    chain = (ChainLink(path=entry.backing_path, format=""),) if entry.backing_path else ()
-    mistrusted = qcow2.mistrust(head, chain=chain, chain_source=entry.chain_source)
-    if mistrusted:
-        return f"{entry.member}: left as it was captured: {mistrusted}; open it only with its backing file switched off"
-    if entry.backing is None:
-        named = qcow2.parse_header(head).backing_path
-        if named is None:
-            return None
-        return f"{entry.member}: its backing file {named!r} is not in this bundle; attach one before opening it"
-    base = next(base for base in manifest.bases if base.member == entry.backing)
-    relative = os.path.relpath(os.path.join(folder, base.member), os.path.dirname(path))
-    if base.format == "unknown":
-        return f"{entry.member}: the format of its backing file {base.member} is not known; attach it by hand"
-    # -u writes the header only; the base was checked by its digest, not by opening it
-    _qemu_img("rebase", "-u", "-f", "qcow2", "-F", base.format, "-b", relative, path)
-    return None
+def _of_entry(entry: DiskEntry, parents: Mapping[str, str]) -> _Link:
+    return _Link(
+        member=entry.member,
+        format=entry.format,
+        backing_path=entry.backing_path,
+        below=entry.backing or parents.get(entry.backing_path or ""),
+        chain_source=entry.chain_source,
+    )
 
 
-def _qemu_img(*arguments: str) -> None:
-    try:
-        done = subprocess.run(["qemu-img", *arguments], capture_output=True, timeout=_QEMU_IMG_S, check=False)
-    except FileNotFoundError:
-        raise Refused("qemu-img is not installed; the chain cannot be put together (package qemu-utils)") from None
-    except subprocess.TimeoutExpired:
-        raise Refused(f"qemu-img {arguments[0]}: no end after {_QEMU_IMG_S:.0f} s") from None
-    if done.returncode != 0:
-        raise Refused(f"qemu-img {arguments[0]}: {done.stderr.decode(errors='replace').strip()[:400]}")
+def _of_parent(parent: ParentEntry, parents: Mapping[str, str]) -> _Link:
+    return _Link(
+        member=_member(parent),
+        format=parent.format,
+        backing_path=parent.backing_path,
+        below=parents.get(parent.backing_path or ""),
+        chain_source="libvirt",
+    )
+
+
+def _flattened(folder: str, built: _Built, target_format: str, is_given_up: Callable[[], bool]) -> _Built:
+    """Every disk as one file; the chains go. Blocks for as long as the disks are copied."""
+    if built.obstacles:
+        raise Refused(f"cannot be flattened: {'; '.join(built.obstacles)}; restore it as it is, without --flatten")
+    disks = []
+    for disk in built.disks:
+        path = os.path.join(folder, disk.path)
+        if disk.name == _CONFIG_DRIVE:  # an ISO image, and nobody expects anything else
+            disks.append(disk)
+            continue
+        if len(disk.chain) > 1 or disk.format != target_format:
+            qemu_img.flatten(
+                path, f"{path}.flat", format_name=disk.format, target_format=target_format, is_given_up=is_given_up
+            )
+            os.rename(f"{path}.flat", path)
+        disks.append(replace(disk, format=target_format, chain=(disk.path,)))
+    shutil.rmtree(os.path.join(folder, BASES), ignore_errors=True)
+    return replace(built, disks=tuple(disks), reattached=())

@@ -42,6 +42,19 @@ class Workers:
                     await asyncio.wait({done})
             raise
 
+    async def interruptible(self, work: Callable[[Callable[[], bool]], _Result]) -> _Result:
+        """As `blocking`, for what takes long: *work* is told when nobody waits for it any more, and then ends soon."""
+        is_given_up = threading.Event()
+        running = asyncio.ensure_future(self.blocking(lambda: work(is_given_up.is_set)))
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            is_given_up.set()
+            await asyncio.wait({running})
+            if not running.cancelled():
+                running.exception()  # it ended because it was told to
+            raise
+
     async def heavy(self, work: Callable[[], _Result]) -> _Result:
         """Run what mostly computes, when a CPU token is free."""
 
