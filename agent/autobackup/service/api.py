@@ -12,6 +12,9 @@ The local HTTP socket: health, queue, metrics, owners' requests, and the orders 
                                         with {"destination": "<name>"}, only that copy
     POST /v1/instances/{uuid}/take      seal what waits undecided, and never overwrite it; needs {"confirm": "<uuid>"}
     POST /v1/instances/{uuid}/let-go    let what waits undecided go; needs {"confirm": "<uuid>"}
+    GET, POST, DELETE /v1/link/{parent}/{child}
+                                        a parent image or base, and a backup: shown, linked, unlinked; the last link
+                                        that goes releases the parent
     GET, POST, DELETE /v1/instances/{uuid}/terminate_backup
                                         the owner's request: {"enabled": true, "store_project": "<id>",
                                         "store_user": "<id>", "retention": "30d"}; with "enabled": false, that
@@ -23,10 +26,12 @@ Access is the socket's mode: root, and the group that the configuration names. E
 import asyncio
 import grp
 import os
+import re
 import socket
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import asdict
 from functools import partial
 from typing import Any, Final, Protocol, TypeAlias
 
@@ -35,6 +40,7 @@ from aiohttp import web
 from autobackup.errors import ConfigError, Refused, Transient
 from autobackup.flows.capture import Order
 from autobackup.flows.jobs import Jobs
+from autobackup.flows.links import Links
 from autobackup.flows.requests import Requests
 from autobackup.metrics import Metrics
 from autobackup.model import DestinationName, InstanceId, JobId, JobRecord, Request
@@ -42,6 +48,8 @@ from autobackup.rules.wishes import retention_of
 
 _SHUTDOWN_S: Final = 2.0
 _REQUEST: Final = "/v1/instances/{uuid}/terminate_backup"
+_UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_LINK: Final = "/v1/link/{parent}/{child}"
 _REQUEST_KEYS: Final = frozenset({"enabled", "store_project", "store_user", "retention"})
 
 
@@ -75,6 +83,7 @@ class Api:
         group: str,
         jobs: Jobs,
         requests: Requests,
+        links: Links,
         metrics: Metrics,
         health: Health,
         order: JobOrder,
@@ -83,6 +92,7 @@ class Api:
         self._group = group
         self._jobs = jobs
         self._requests = requests
+        self._links = links
         self._metrics = metrics
         self._health = health
         self._order = order
@@ -100,6 +110,9 @@ class Api:
             web.post("/v1/queue/{job}/retry", self._retry),
             web.post("/v1/queue/{job}/discard", self._discard),
             *(web.post(f"/v1/instances/{{uuid}}/{order}", partial(self._decide, order)) for order in Order),
+            web.get(_LINK, self._show_link),
+            web.post(_LINK, self._add_link),
+            web.delete(_LINK, self._remove_link),
             web.get(_REQUEST, self._show_request),
             web.post(_REQUEST, self._accept_request),
             web.delete(_REQUEST, self._drop_request),
@@ -139,6 +152,17 @@ class Api:
 
     async def _instances(self, _request: web.Request) -> web.Response:
         return web.json_response(self._health.instances())
+
+    async def _show_link(self, request: web.Request) -> web.Response:
+        return web.json_response(asdict(await self._links.show(*_ends(request))))
+
+    async def _add_link(self, request: web.Request) -> web.Response:
+        return web.json_response(asdict(await self._links.add(*_ends(request))))
+
+    async def _remove_link(self, request: web.Request) -> web.Response:
+        parent, child = _ends(request)
+        released = await self._links.remove(parent, child)
+        return web.json_response({"parent": parent, "child": child, "linked": "", "parent_released": released})
 
     async def _retry(self, request: web.Request) -> web.Response:
         record = await self._order(JobId(request.match_info["job"]), self._jobs.order_retry)
@@ -205,6 +229,14 @@ def _parsed_request(body: object) -> Request:
     except ValueError as exc:
         raise Refused(f"retention: {exc}") from None
     return Request(project=body["store_project"], reader=body.get("store_user", ""), retention_s=retention_s)
+
+
+def _ends(request: web.Request) -> tuple[str, str]:
+    ends = request.match_info["parent"], request.match_info["child"]
+    for one in ends:
+        if _UUID.fullmatch(one) is None:
+            raise Refused(f"{one!r} is not the id of an image or a backup")
+    return ends
 
 
 def queue_entry(record: JobRecord, now_s: float) -> dict[str, object]:

@@ -13,6 +13,7 @@ import platform
 import re
 import signal
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,16 +26,21 @@ from autobackup.cloud.owners import Owners
 from autobackup.config import DEFAULT_PATH, Config
 from autobackup.configfile import load
 from autobackup.errors import AutobackupError, ConfigError
+from autobackup.flows.ancestry import Ancestry
 from autobackup.flows.backup import Backup
 from autobackup.flows.capture import Capture, Order
 from autobackup.flows.evidence import Evidence
 from autobackup.flows.inquiry import Inquiry
 from autobackup.flows.jobs import Jobs
 from autobackup.flows.learn import Learn
+from autobackup.flows.links import Links
 from autobackup.flows.pacing import Pace
 from autobackup.flows.places import Places, Watchman
+from autobackup.flows.release import Release
 from autobackup.flows.requests import Requests
 from autobackup.flows.runner import Runner
+from autobackup.flows.seal_base import SealBase
+from autobackup.flows.secure import Secure
 from autobackup.flows.send import Send
 from autobackup.flows.tap import FanoutLimits
 from autobackup.flows.workers import Workers
@@ -100,17 +106,28 @@ class Agent:
             swtpm_path=str(config.libvirt.swtpm_path),
         )
         self.places = Places(config.destination, lambda d: opened(open_destination(d, config.openstack)))
+        pace = Pace(config.sealing.rate_bytes)
+        limits = FanoutLimits(
+            cpu_tokens=self.workers.cpu_tokens,
+            zstd_level=config.sealing.zstd_level,
+            compress_threads=config.sealing.compress_threads,
+            detach_after_s=config.sealing.detach_after_s,
+        )
+        self.ancestry = Ancestry(
+            spool=self.spool, workers=self.workers, in_use=self.learn.bases if config.destination else tuple
+        )
+        sealed_bases = SealBase(
+            ancestry=self.ancestry, pace=pace, limits=limits, workers=self.workers, host=platform.node(),
+            agent_id=lambda: self.spool.agent_id,
+        )  # fmt: skip
         send = Send(
             jobs=self.jobs,
             spool=self.spool,
             places=self.places.of,
-            pace=Pace(config.sealing.rate_bytes),
-            limits=FanoutLimits(
-                cpu_tokens=self.workers.cpu_tokens,
-                zstd_level=config.sealing.zstd_level,
-                compress_threads=config.sealing.compress_threads,
-                detach_after_s=config.sealing.detach_after_s,
-            ),
+            ancestry=self.ancestry,
+            secure=Secure(ancestry=self.ancestry, bases=sealed_bases, workers=self.workers),
+            pace=pace,
+            limits=limits,
             retry=config.retry,
             workers=self.workers,
             metrics=self.metrics,
@@ -180,13 +197,15 @@ class Agent:
             on_scan=self.capture.note_scan,
             on_failure=self._watch_failed,
         )
+        self.release = Release(clock=time.time)
         self.watchman = Watchman(
             places=self.places, only_asked_for=config.only_asked_for, jobs=self.jobs, spool=self.spool,
-            metrics=self.metrics,
+            release=self.release, metrics=self.metrics,
         )  # fmt: skip
         self.api = Api(
             path=str(config.api.socket), group=config.api.group, jobs=self.jobs, requests=self.requests,
-            metrics=self.metrics, health=self, order=self.runner.order,
+            links=Links(places=self.places.with_requested, release=self.release), metrics=self.metrics, health=self,
+            order=self.runner.order,
         )  # fmt: skip
 
     async def run(self) -> None:
@@ -214,6 +233,7 @@ class Agent:
                     "housekeeping": self._keep_house,
                     "destinations": self.watchman.run,
                     "runner": self.runner.run,
+                    "bases": self.ancestry.run,
                     "capture": self.capture.run,
                     "libvirt": self.link.run,
                     **({} if self.inquiry is None else {"nova": self.inquiry.run}),
@@ -223,6 +243,7 @@ class Agent:
         finally:
             self._notify.stopping()
             self.watch.stop()
+            self.ancestry.close()
             self.workers.close()
             self.spool.close()
         if self._failure is not None:

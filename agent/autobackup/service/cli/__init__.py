@@ -10,7 +10,7 @@ import logging
 import click
 
 from autobackup import logs
-from autobackup.service.cli import backups, explain, queue, setup
+from autobackup.service.cli import backups, explain, links, queue, restoring, setup
 from autobackup.service.cli.output import ErrorsToExitCodes
 from autobackup.service.heap import keep_buffers
 
@@ -22,5 +22,7 @@ def main() -> None:
     keep_buffers()
 
 
-for command in (*backups.COMMANDS, *queue.COMMANDS, *explain.COMMANDS, *setup.COMMANDS):
+for command in (
+    *backups.COMMANDS, *restoring.COMMANDS, *links.COMMANDS, *queue.COMMANDS, *explain.COMMANDS, *setup.COMMANDS
+):  # fmt: skip
     main.add_command(command)

@@ -13,6 +13,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
+from rich.tree import Tree
 
 from autobackup.errors import AutobackupError, ConfigError, Damaged, Refused, Transient
 
@@ -35,10 +36,19 @@ class ErrorsToExitCodes(click.Group):
 
 def format_option(command: _Command) -> _Command:
     """`-f json|table|value`, the OpenStack client's habit."""
+    return _format_option("-f", "--format")(command)
+
+
+def short_format_option(command: _Command) -> _Command:
+    """`-f` alone: for a command whose `--format` is that of a disk."""
+    return _format_option("-f")(command)
+
+
+def _format_option(*names: str) -> Callable[[_Command], _Command]:
     return click.option(
-        "-f", "--format", "fmt", type=click.Choice(["table", "json", "value"]), default="table", show_default=True,
+        *names, "fmt", type=click.Choice(["table", "json", "value"]), default="table", show_default=True,
         help="table for people, json for programs, value for shell loops.",
-    )(command)  # fmt: skip
+    )  # fmt: skip
 
 
 def show_rows(rows: Sequence[Mapping[str, object]], *, columns: Sequence[str], fmt: str, empty: str) -> None:
@@ -80,15 +90,28 @@ def show_text(lines: Iterable[str], *, record: Mapping[str, object], fmt: str) -
             click.echo(_text(line))
 
 
+def show_tree(tree: Tree) -> None:
+    """A tree of `_text`s."""
+    for node in (tree, *_below(tree)):
+        node.label = _text(node.label)
+    _console().print(tree)
+
+
 @contextmanager
 def progress(words: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
     """A bar on stderr when that is a terminal; otherwise nothing at all."""
     if not sys.stderr.isatty():
         yield lambda _count: None
         return
-    columns = (TextColumn(words), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(words, total=total_bytes)
+        task = bar.add_task(_text(words), total=total_bytes)
         yield lambda count: bar.advance(task, count)
 
 
@@ -98,6 +121,12 @@ def as_time(unix_s: object) -> str:
     if not (text.isascii() and text.isdigit()) or int(text) > _LATEST_S:
         return text  # somebody's own words
     return datetime.fromtimestamp(int(text), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _below(tree: Tree) -> Iterator[Tree]:
+    for child in tree.children:
+        yield child
+        yield from _below(child)
 
 
 def _text(value: object) -> str:
