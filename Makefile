@@ -16,7 +16,7 @@ PACKAGES := libvirt-daemon-system libvirt-clients qemu-system-x86 qemu-utils sea
             util-linux mount e2fsprogs xfsprogs zstd openssl strace curl
 BENCH_PACKAGES := age gnupg restic borgbackup coreutils time
 
-.PHONY: demo demo-openstack demo-rules test check lint fmt bench crash clean packages bench-packages
+.PHONY: demo demo-openstack demo-rules demo-chain test check lint fmt bench crash clean packages bench-packages
 
 demo: $(STAMP)
 	$(BIN)/python -m tests.demo
@@ -27,6 +27,9 @@ demo-openstack: $(STAMP) $(OPENSTACK)
 demo-rules: $(STAMP)
 	$(BIN)/python -m tests.demo_rules
 
+demo-chain: $(STAMP) $(OPENSTACK)
+	$(BIN)/python -m tests.demo_chain
+
 # Most tests wait for something: a file of them in each of so many processes (each has a libvirtd and a cloud of its own).
 # The seed is made here, once, and not within the time that the first test has that wants a cloud.
 TEST_PROCESSES ?= 4
@@ -35,8 +38,8 @@ test: $(STAMP) $(OPENSTACK)
 	AUTOBACKUP_REQUIRE_OPENSTACK=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # The heavy variants of the crash and storm tests; CI runs the bounded ones within `test`.
-crash: $(STAMP)
-	AUTOBACKUP_LONG=1 $(BIN)/python -m pytest tests/crash --timeout 3600 $(PYTEST_ARGS)
+crash: $(STAMP) $(OPENSTACK)
+	AUTOBACKUP_LONG=1 $(BIN)/python -m pytest tests/crash tests/e2e/test_chain.py --timeout 3600 $(PYTEST_ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check agent tests docs

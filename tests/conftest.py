@@ -16,19 +16,25 @@ from tests.lab.workspace import Workspace
 from tests.lab.workspace import workspace as open_workspace
 
 _LONGEST = (
-    "test_nova_verdicts.py",
-    "test_rules_openstack.py",
+    "test_chain.py",
     "test_kill_at_every_state.py",
     "test_upload_failures.py",
     "test_store_contract.py",
+    "test_nova_verdicts.py",
+    "test_rules_openstack.py",
+    "test_openstack.py",
+    "test_store_parents.py",
     "test_token_lifetimes.py",
+    "test_glance_policy.py",
+    "test_parents.py",
     "test_nova_policy_faults.py",
     "test_bad_input.py",
-    "test_openstack.py",
     "test_openstack_lab.py",
+    "test_restore_chain.py",
     "test_nova_invariants.py",
     "test_kill_storm.py",
     "test_nova_lab.py",
+    "test_seal_base.py",
     "test_job_states.py",
     "test_restore.py",
 )

@@ -21,7 +21,7 @@ from tests.lab.hypervisor import Hypervisor
 from tests.lab.leftovers import find_leftovers, mark_children
 
 _WITH_HYPERVISOR = ("claim", "loop", "memory")
-_ALONE = ("seal", "scrub", "restore", "stall", "upload")
+_ALONE = ("seal", "scrub", "restore", "chain", "stall", "upload")
 NAMES = (*_WITH_HYPERVISOR, *_ALONE)
 _COLUMNS = ("figure", "ours", "other", "ratio", "target", "met?")
 

@@ -11,7 +11,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ from tests.lab.agent import AgentProcess, wait_until
 from tests.lab.guest_view import Format
 from tests.lab.instances import Compute, Disks, Instance
 
+from autobackup.config import OpenstackSection
 from autobackup.flows.unpack import Unpacked
 from autobackup.flows.verify import open_sealed, read_back
 from autobackup.flows.workers import Workers
 from autobackup.model import AttemptId
-from autobackup.stores.directory import DirectoryStore
-from autobackup.stores.keyfile import KeyFile
+from autobackup.stores import BASE, KIND, KIND_BASE, PARENTS, OpenDestination
+from autobackup.stores.opening import open_destination
+from autobackup.terms import Destination
 
 MiB = 1 << 20
 REPOSITORY = Path(__file__).parents[2]
@@ -129,14 +132,25 @@ def restart_plain(agent: AgentProcess) -> None:
 # ---- proof ----------------------------------------------------------------------------------------------------
 
 
+def unseen(_words: str, _total_bytes: int) -> AbstractContextManager[Callable[[int], None]]:
+    """How far a restore is, told to nobody."""
+    return nullcontext(lambda _count: None)
+
+
+def opened_folder(folder: Path, keyfile: Path) -> OpenDestination:
+    """A destination of the agent's, opened in this process."""
+    destination = Destination(name="vault", store="directory", path=folder, key="keyfile", keyfile=keyfile)
+    return open_destination(destination, OpenstackSection())
+
+
 def unpack(agent: AgentProcess, attempt: str, *, store: str = "vault") -> Unpacked:
     """Read one sealed bundle to its end, in this process, with the key from its file."""
 
     async def read() -> Unpacked:
         workers = Workers()
         try:
-            keys = KeyFile(str(agent.keyfile))
-            sealed = await open_sealed(DirectoryStore(str(agent.stores[store])), keys, AttemptId(attempt))
+            place = opened_folder(agent.stores[store], agent.keyfile)
+            sealed = await open_sealed(place.store, place.keys, AttemptId(attempt))
             return await read_back(sealed, workers)
         finally:
             workers.close()
@@ -145,12 +159,35 @@ def unpack(agent: AgentProcess, attempt: str, *, store: str = "vault") -> Unpack
 
 
 def bundles(agent: AgentProcess, *, store: str = "vault") -> list[str]:
-    """The attempts that a store holds; a partial or an orphan in it is an error."""
+    """
+    The attempts of the backups that a store holds; a partial or an orphan in it is an error.
+
+    So is a base twice, a base that nothing stands on, and one that something stands on and that is not there.
+    """
     names = set(os.listdir(agent.stores[store]))
     attempts = {name.removesuffix(".autobackup") for name in names if name.endswith(".autobackup")}
     expected = {f"{attempt}{suffix}" for attempt in attempts for suffix in (".autobackup", ".json")}
     assert names == expected, f"orphans or partials in the store: {sorted(names ^ expected)}"
-    return sorted(attempts)
+    properties = {one: properties_of(agent, one, store=store) for one in attempts}
+    contents = {one: words[BASE] for one, words in properties.items() if words.get(KIND) == KIND_BASE}
+    assert len(set(contents.values())) == len(contents), f"a base is there twice: {contents}"
+    stood_on = {parent for words in properties.values() for parent in words.get(PARENTS, "").split()}
+    assert stood_on == set(contents), f"bases {sorted(contents)}, of which {sorted(stood_on)} are stood on"
+    return sorted(attempts - set(contents))
+
+
+def properties_of(agent: AgentProcess, attempt: str, *, store: str = "vault") -> dict[str, str]:
+    metadata = json.loads((agent.stores[store] / f"{attempt}.json").read_text())
+    return {str(key): str(value) for key, value in metadata["properties"].items()}
+
+
+def assert_stands(agent: AgentProcess, attempt: str, *, store: str = "vault") -> None:
+    """What a backup stands on is there: each of its parents with the bytes that its manifest says, in a sealed base."""
+    held: set[str] = set()
+    for parent in properties_of(agent, attempt, store=store).get(PARENTS, "").split():
+        held |= {digest.sha256 for digest in unpack(agent, parent, store=store).digests.members.values()}
+    for parent_entry in unpack(agent, attempt, store=store).manifest.parents:
+        assert parent_entry.sha256 in held, f"{parent_entry.path} is not beside {attempt}"
 
 
 def left_in_spool(agent: AgentProcess) -> list[str]:
@@ -183,6 +220,7 @@ def assert_captured_once(
         attempt = copy["attempt"]["attempt"]
         held = [one for one in bundles(agent, store=copy["destination"]) if owner(agent, one, copy) == instance.uuid]
         assert held == [attempt], "exactly the attempt on the receipt is in the store"
+        assert_stands(agent, attempt, store=copy["destination"])
         unpacked = unpack(agent, attempt, store=copy["destination"])
         assert unpacked.digests.members["disks/disk"].sha256 == sha256
         assert receipt["member_sha256"]["disks/disk"] == sha256
@@ -194,5 +232,4 @@ def assert_captured_once(
 
 
 def owner(agent: AgentProcess, attempt: str, copy: dict[str, Any]) -> str:
-    metadata = json.loads((agent.stores[copy["destination"]] / f"{attempt}.json").read_text())
-    return str(metadata["properties"]["autobackup_instance"])
+    return properties_of(agent, attempt, store=copy["destination"])["autobackup_instance"]

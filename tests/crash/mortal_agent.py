@@ -6,8 +6,10 @@ The agent, with a death (or a coma) in its future.
     before:JOB[/COPY]   right before a record with this job state (and a copy in this state) is journaled:
                         its previous effect has happened, nothing says so yet
     after:JOB[/COPY]    right after it was journaled, before anything follows from it
-    put:BYTES           in the middle of a put, when so many bytes were given to the store
+    put:BYTES           in the middle of a put of a backup, when so many bytes were given to the store
     name                at the end of a put: the store has named the object, and nobody knows yet
+    begun               before the first byte of a put, when what the backup stands on was just looked at
+    base:BYTES, base-name     the same of a sealed base
     delete              before the store deletes an attempt
     scrub               in the middle of a scrub, if the method is `mortal` (see `install_scrub_method`)
 
@@ -20,7 +22,7 @@ import argparse
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,7 +31,7 @@ from autobackup.configfile import load
 from autobackup.host.scrub_methods import zero
 from autobackup.model import AttemptId, JobRecord
 from autobackup.service.app import Agent
-from autobackup.stores import Body, Chunk, OpenDestination, Store, Stored
+from autobackup.stores import KIND, KIND_BASE, Begun, Body, Chunk, OpenDestination, Store, Stored
 
 MORTAL = "AUTOBACKUP_MORTAL"
 
@@ -63,18 +65,20 @@ class Fates(list[Fate]):
 class MortalBody:
     """A body that strikes as its bytes are taken."""
 
-    def __init__(self, body: Body, fates: Fates) -> None:
+    def __init__(self, body: Body, fates: Fates, kind: str) -> None:
         self._body = body
         self._fates = fates
+        self._kind = kind
 
     async def __aiter__(self) -> AsyncIterator[Chunk]:
-        marks = sorted(int(fate.moment.partition(":")[2]) for fate in self._fates if fate.moment.startswith("put:"))
+        mine = f"{self._kind}:"
+        marks = sorted(int(fate.moment.removeprefix(mine)) for fate in self._fates if fate.moment.startswith(mine))
         given_bytes = 0
         async for chunk in self._body:
             yield chunk
             given_bytes += len(chunk)
             while marks and given_bytes >= marks[0]:
-                self._fates.strike(f"put:{marks.pop(0)}")
+                self._fates.strike(f"{mine}{marks.pop(0)}")
 
     @property
     def announced_bytes(self) -> int | None:
@@ -103,9 +107,18 @@ class MortalStore:
     async def check(self) -> None:
         await self._store.check()
 
-    async def put(self, attempt: AttemptId, body: Body, *, properties: Mapping[str, str]) -> None:
-        await self._store.put(attempt, MortalBody(body, self._fates), properties=properties)
-        self._fates.strike("name")
+    async def put(
+        self, attempt: AttemptId, body: Body, *, properties: Mapping[str, str], begun: Begun | None = None
+    ) -> None:
+        async def looked() -> None:
+            if begun is not None:
+                await begun()
+                self._fates.strike("begun")
+
+        is_base = properties.get(KIND) == KIND_BASE
+        body = MortalBody(body, self._fates, "base" if is_base else "put")
+        await self._store.put(attempt, body, properties=properties, begun=looked)
+        self._fates.strike("base-name" if is_base else "name")
 
     async def stat(self, attempt: AttemptId) -> Stored:
         return await self._store.stat(attempt)
@@ -116,7 +129,7 @@ class MortalStore:
     async def read(self, attempt: AttemptId, *, offset: int, length: int) -> bytes:
         return await self._store.read(attempt, offset=offset, length=length)
 
-    def stream(self, attempt: AttemptId, *, offset: int) -> AsyncIterator[bytes]:
+    def stream(self, attempt: AttemptId, *, offset: int) -> AsyncGenerator[bytes, None]:
         return self._store.stream(attempt, offset=offset)
 
     async def delete(self, attempt: AttemptId) -> None:
@@ -125,6 +138,24 @@ class MortalStore:
 
     async def held(self) -> list[Stored]:
         return await self._store.held()
+
+    async def children(self, parent: str) -> list[AttemptId]:
+        return await self._store.children(parent)
+
+    async def link(self, attempt: AttemptId, parent: str) -> None:
+        await self._store.link(attempt, parent)
+
+    async def unlink(self, attempt: AttemptId, parent: str) -> None:
+        await self._store.unlink(attempt, parent)
+
+    async def everything(self) -> list[AttemptId]:
+        return await self._store.everything()
+
+    async def bases(self, content: str | None = None) -> list[Stored]:
+        return await self._store.bases(content)
+
+    async def retire(self, attempt: AttemptId) -> None:
+        await self._store.retire(attempt)
 
     async def unfinished(self, agent_id: str) -> list[AttemptId]:
         return await self._store.unfinished(agent_id)

@@ -49,7 +49,10 @@ MOMENTS = (
     *(f"{kind}:{state}" for state in STATES for kind in ("before", "after")),
     "put:4096",
     f"put:{2 * MiB}",
+    "begun",
     "name",
+    "base:4096",
+    "base-name",
 )
 
 
@@ -92,6 +95,9 @@ def test_killed_in_the_middle_of_a_scrub(scene: Scene) -> None:
     [
         (f"put:{MiB}", f"put:{MiB}"),
         ("name", "delete"),
+        ("base:4096", "base:4096"),
+        ("base:4096", "delete"),
+        ("base-name", "begun"),
         ("after:sending/sending", "before:sending/queued"),
         ("after:sending/sent", "before:sending/verified"),
         ("after:scrubbing", "before:scrubbed"),

@@ -25,10 +25,12 @@ from tests.crash.evidence import (
     bundles,
     knows,
     mortal,
+    opened_folder,
     scribble,
     sha256_of,
     spawn_known,
     unpack,
+    unseen,
     wait_for_death,
     wait_for_stop,
 )
@@ -37,13 +39,12 @@ from tests.lab.agent import AgentProcess, wait_until
 from tests.lab.filesystem import bind_mount, loop_filesystem, scan_tree, tmpfs
 from tests.lab.instances import Compute, Disks, Instance, Step
 
-from autobackup.flows.restore import Restored, restore
+from autobackup.flows.fetch import Origins
+from autobackup.flows.restore import Restored, Wanted, restore
 from autobackup.flows.verify import open_sealed
 from autobackup.flows.workers import Workers
 from autobackup.host.filesystems import check_spool
 from autobackup.model import AttemptId
-from autobackup.stores.directory import DirectoryStore
-from autobackup.stores.keyfile import KeyFile
 
 SECRET = b"root:$6$this-line-must-travel-nowhere:19000:0:99999:7:::\n" * 40
 
@@ -773,9 +774,12 @@ def bring_back(agent: AgentProcess, attempt: str, target: Path) -> Restored:
     async def run() -> Restored:
         workers = Workers()
         try:
-            store = DirectoryStore(str(agent.stores["vault"]))
-            sealed = await open_sealed(store, KeyFile(str(agent.keyfile)), AttemptId(attempt))
-            return await restore(sealed, target=str(target), workers=workers)
+            place = opened_folder(agent.stores["vault"], agent.keyfile)
+            sealed = await open_sealed(place.store, place.keys, AttemptId(attempt))
+            origins = Origins(places=[place])
+            return await restore(
+                sealed, target=str(target), wanted=Wanted(), origins=origins, workers=workers, show=unseen
+            )
         finally:
             workers.close()
 

@@ -111,7 +111,7 @@ def test_clouds_yaml_is_secret_and_opens_every_door(cloud: Cloud) -> None:
         with contextlib.closing(vault):
             assert vault.current_project_id == cloud.projects["vault"]
             assert list(vault.image.images(limit=1)) is not None
-            assert list(vault.key_manager.secrets(limit=1)) is not None
+            assert list(vault.key_manager.secrets(limit=100)) is not None  # its pages lead nowhere
 
 
 def test_a_key_is_for_those_it_names(cloud: Cloud) -> None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tests.crash.evidence import assert_captured_once, sha256_of, spawn_known
+from tests.crash.evidence import assert_captured_once, opened_folder, sha256_of, spawn_known, unseen
 from tests.crash.scene import Scene
 from tests.lab.agent import AgentProcess
 from tests.lab.guest_view import guest_view_sha256
@@ -30,11 +30,11 @@ from tests.lab.workspace import Workspace
 from autobackup.container.header import HEADER_BYTES, decode
 from autobackup.container.seal import SEGMENT_BYTES, STREAM_HEADER_BYTES
 from autobackup.errors import AutobackupError, Damaged
-from autobackup.flows.restore import restore
+from autobackup.flows.fetch import Origins
+from autobackup.flows.restore import Wanted, restore
 from autobackup.flows.verify import open_sealed
 from autobackup.flows.workers import Workers
 from autobackup.model import AttemptId
-from autobackup.stores.directory import DirectoryStore
 from autobackup.stores.keyfile import KeyFile, write_kek
 
 MiB = 1 << 20
@@ -420,9 +420,12 @@ def failure(copy: Copy) -> AutobackupError | None:
     async def go() -> None:
         workers = Workers()
         try:
-            store, keys = DirectoryStore(str(copy.store)), KeyFile(str(copy.keyfile))
-            sealed = await open_sealed(store, keys, AttemptId(copy.attempt))
-            await restore(sealed, target=str(copy.target), workers=workers)
+            place = opened_folder(copy.store, copy.keyfile)
+            sealed = await open_sealed(place.store, place.keys, AttemptId(copy.attempt))
+            origins = Origins(places=[place])
+            await restore(
+                sealed, target=str(copy.target), wanted=Wanted(), origins=origins, workers=workers, show=unseen
+            )
         finally:
             workers.close()
 

@@ -24,7 +24,7 @@ _LASTING: Final = frozenset({ALIVE, UNDECIDED})
 _HOSTS_AT_ONCE: Final = 6
 _AT_ONCE: Final = 15  # on the host that is shared
 _REACHED_S: Final = 30.0
-_CAPTURED_S: Final = 30.0
+_CAPTURED_S: Final = 120.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,12 +5,15 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from tests.bench.peak import peak_rss_bytes
 from tests.bench.sealed import keys
 
-from autobackup.flows.restore import restore
+from autobackup.flows.fetch import Origins
+from autobackup.flows.restore import Wanted, restore
 from autobackup.flows.verify import open_sealed, read_back
 from autobackup.flows.workers import Workers
 from autobackup.model import AttemptId
@@ -34,7 +37,7 @@ async def main(folder: str, attempt: str, target: str) -> None:
     if target == "verify":
         await read_back(sealed, workers)
     else:
-        await restore(sealed, target=target, workers=workers)
+        await restore(sealed, target=target, wanted=Wanted(), origins=Origins(places=[]), workers=workers, show=_unseen)
     print(json.dumps({
         "wall_s": time.perf_counter() - started_s,
         "cpu_s": time.process_time() - started_cpu_s,
@@ -44,6 +47,10 @@ async def main(folder: str, attempt: str, target: str) -> None:
         "peak_rss_bytes": peak_rss_bytes(),
     }))  # fmt: skip
     workers.close()
+
+
+def _unseen(_words: str, _total_bytes: int) -> AbstractContextManager[Callable[[int], None]]:
+    return nullcontext(lambda _count: None)
 
 
 if __name__ == "__main__":

@@ -22,11 +22,14 @@ from tests.bench.sealed import thread_times
 
 from autobackup import logs
 from autobackup.config import OpenstackSection, RetrySection, SealingSection
+from autobackup.flows.ancestry import Ancestry
 from autobackup.flows.fanout import FanoutLimits
 from autobackup.flows.jobs import Jobs
 from autobackup.flows.pacing import Pace
 from autobackup.flows.places import Places
 from autobackup.flows.queueing import new_job
+from autobackup.flows.seal_base import SealBase
+from autobackup.flows.secure import Secure
 from autobackup.flows.send import Send
 from autobackup.flows.workers import Workers
 from autobackup.host.filesystems import kind_of
@@ -65,14 +68,20 @@ async def main(disk: Path, compression: str, clouds_yaml: Path, projects: Sequen
         lambda one: open_destination(one, openstack),
     )
     jobs = Jobs(spool=spool, metrics=metrics)
+    pace = Pace()
+    limits = FanoutLimits(cpu_tokens=workers.cpu_tokens, zstd_level=SealingSection(compression=compression).zstd_level)
+    ancestry = Ancestry(spool=spool, workers=workers, in_use=lambda: ())
+    bases = SealBase(
+        ancestry=ancestry, pace=pace, limits=limits, workers=workers, host="bench", agent_id=lambda: spool.agent_id
+    )
     send = Send(
         jobs=jobs,
         spool=spool,
         places=places.of,
-        pace=Pace(),
-        limits=FanoutLimits(
-            cpu_tokens=workers.cpu_tokens, zstd_level=SealingSection(compression=compression).zstd_level
-        ),
+        ancestry=ancestry,
+        secure=Secure(ancestry=ancestry, bases=bases, workers=workers),
+        pace=pace,
+        limits=limits,
         retry=RetrySection(first_s=_RETRY_S, longest_s=_RETRY_S),
         workers=workers,
         metrics=metrics,
