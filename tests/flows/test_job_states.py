@@ -587,7 +587,7 @@ async def test_a_job_that_is_stopped_anywhere_ends_as_if_it_had_not_been(tmp_pat
         for name, door in rig.doors.items():
             (attempt,) = door.held()
             assert door.files() == [f"{attempt}.autobackup", f"{attempt}.json"]
-            rig.keys[name].drawn.append(await _key_of(rig, name, attempt))
+            rig.keys[name].drawn[:] = [await _key_of(rig, name, attempt)]
             assert opened(rig, name, attempt) == disk
 
 
