@@ -6,6 +6,7 @@ is fast: a source fetches more with each step of a sequence, and little for a le
 """
 
 import os
+from abc import ABC, abstractmethod
 from array import array
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -38,7 +39,7 @@ class Source(Protocol):
         """Exactly *length* bytes; what lies beyond the end is zeros."""
 
 
-class Windowed:
+class Windowed(ABC):
     """A source that reads ahead; `_fetch` gets what is needed, exactly."""
 
     def __init__(self, size_bytes: int) -> None:
@@ -73,8 +74,8 @@ class Windowed:
             self._steps.pop(gone + len(old), None)
         return offset, window
 
-    async def _fetch(self, offset: int, length: int) -> bytes:
-        raise NotImplementedError
+    @abstractmethod
+    async def _fetch(self, offset: int, length: int) -> bytes: ...
 
 
 class ImageSource(Windowed):
